@@ -1,0 +1,297 @@
+"""Which sizes a bank can take, and the order in which a strategy takes them. Pure arithmetic, no torch.
+
+A *side* (encoder or decoder) of `n` layers is tiled by *spans*: 1 is an original layer, a granularity `s` is the module that
+stands in for `s` consecutive original layers and therefore starts at a multiple of `s`. An `AssemblyPlan` holds one tiling a side.
+
+Source: "Modular Transformers: Compressing Transformers into Modularized Layers for Flexible Efficient Inference", Zhou, Le Bras,
+Choi, Findings of ACL 2023, arXiv 2306.02379.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+
+SIDES = ("encoder", "decoder")
+MAX_LAYERS = 256  # a side; the deepest public T5 has 48
+
+_RUN = re.compile(r"([1-9]\d{0,2})x([1-9]\d{0,2})")
+_PLAN_EXAMPLE = "'1x6-2x3/4x3' (encoder: six original layers, three modules of granularity 2; decoder: three of granularity 4)"
+
+
+@dataclass(frozen=True)
+class AssemblyPlan:
+    """Two tuples of spans, bottom layer first. Prints as, and is parsed from, `1x6-2x3/4x3`.
+
+    Raises `ValueError` if a span is not a positive integer or does not start at a multiple of itself.
+    """
+
+    encoder: tuple[int, ...]
+    decoder: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for side in SIDES:
+            spans = getattr(self, side)
+            if isinstance(spans, str) or not isinstance(spans, Iterable):
+                raise ValueError(f"the {side} of a plan is a sequence of spans such as (1, 1, 2), got {spans!r}")
+            object.__setattr__(self, side, _checked_spans(side, tuple(spans)))
+
+    @classmethod
+    def parse(cls, text: str) -> "AssemblyPlan":
+        """The plan that `text` writes down: `<encoder>/<decoder>`, each side runs of `<span>x<count>` joined by `-`."""
+        sides = text.split("/") if isinstance(text, str) else ()
+        if len(sides) != 2:
+            raise ValueError(f"a plan has two sides, encoder/decoder, like {_PLAN_EXAMPLE}; got {text!r}")
+        return cls(*(_parsed_spans(side, text) for side in sides))
+
+    @classmethod
+    def from_any(cls, plan: "PlanLike") -> "AssemblyPlan":
+        """`plan` as it is, or read from its notation or from its JSON form `{"encoder": [...], "decoder": [...]}`."""
+        if isinstance(plan, cls):
+            return plan
+        if isinstance(plan, str):
+            return cls.parse(plan)
+        if isinstance(plan, Mapping) and set(plan) == set(SIDES):
+            return cls(plan["encoder"], plan["decoder"])
+        raise ValueError(f"a plan is an AssemblyPlan, a string like {_PLAN_EXAMPLE}, or a mapping of both sides; got {plan!r}")
+
+    def to_dict(self) -> dict[str, list[int]]:
+        """The JSON form: two lists of integers."""
+        return {side: list(self.spans(side)) for side in SIDES}
+
+    def spans(self, side: str) -> tuple[int, ...]:
+        return getattr(self, side)
+
+    def blocks(self, side: str) -> Iterator[tuple[int, int]]:
+        """`(first original layer, span)` of every block of a side, bottom first."""
+        start = 0
+        for span in self.spans(side):
+            yield start, span
+            start += span
+
+    @property
+    def depths(self) -> tuple[int, int]:
+        """Blocks of the encoder, blocks of the decoder."""
+        return len(self.encoder), len(self.decoder)
+
+    def __str__(self) -> str:
+        return "/".join(_printed_spans(self.spans(side)) for side in SIDES)
+
+
+PlanLike = AssemblyPlan | str | Mapping[str, Iterable[int]]
+
+
+def _checked_spans(side: str, spans: tuple[Any, ...]) -> tuple[int, ...]:
+    if not spans:
+        raise ValueError(f"the {side} of a plan needs at least one span")
+    start = 0
+    for span in spans:
+        if isinstance(span, bool) or not isinstance(span, int) or span < 1:
+            raise ValueError(f"a span is a positive integer, got {span!r} in the {side} spans {spans}")
+        if start % span:
+            raise ValueError(
+                f"a module of granularity {span} stands in for layers that begin at a multiple of {span}, "
+                f"but the {side} spans {spans} put one at layer {start}"
+            )
+        start += span
+    if start > MAX_LAYERS:
+        raise ValueError(f"the {side} spans cover {start} layers; a side has at most {MAX_LAYERS}")
+    return spans
+
+
+def _parsed_spans(side: str, text: str) -> tuple[int, ...]:
+    spans: list[int] = []
+    for run in side.split("-"):
+        match = _RUN.fullmatch(run)
+        if match is None:
+            raise ValueError(f"{run!r} in the plan {text!r} is not <span>x<count>; a plan looks like {_PLAN_EXAMPLE}")
+        span, count = map(int, match.groups())
+        spans += [span] * count
+    return tuple(spans)
+
+
+def _printed_spans(spans: tuple[int, ...]) -> str:
+    runs: list[list[int]] = []
+    for span in spans:
+        if runs and runs[-1][0] == span:
+            runs[-1][1] += 1
+        else:
+            runs.append([span, 1])
+    return "-".join(f"{span}x{count}" for span, count in runs)
+
+
+def teacher_plan(num_layers: Mapping[str, int]) -> AssemblyPlan:
+    """All original layers."""
+    return AssemblyPlan(*((1,) * num_layers[side] for side in SIDES))
+
+
+def checked_plan(plan: AssemblyPlan, num_layers: Mapping[str, int], granularities: Mapping[str, Iterable[int]]) -> AssemblyPlan:
+    """`plan`, if sides of these layers and granularities can run it; else a `ValueError` that says what is wrong."""
+    for side in SIDES:
+        spans, known = plan.spans(side), (1, *granularities[side])
+        unknown = sorted(set(spans) - set(known))
+        if unknown:
+            raise ValueError(
+                f"the plan {plan} uses granularity {unknown[0]} in the {side}; there are {', '.join(map(str, known))} there "
+                "(1 is an original layer)"
+            )
+        if sum(spans) != num_layers[side]:
+            raise ValueError(f"the {side} of the plan {plan} covers {sum(spans)} layers; it has {num_layers[side]}")
+    return plan
+
+
+def tilings(num_layers: int, granularities: Iterable[int]) -> Iterator[tuple[int, ...]]:
+    """Every legal tiling of `num_layers` layers, in lexicographic order: 292 for 12 layers and granularities 2, 3, 4, 6."""
+    spans = (1, *sorted(granularities))
+
+    def extend(head: tuple[int, ...], start: int) -> Iterator[tuple[int, ...]]:
+        if start == num_layers:
+            yield head
+        for span in spans:
+            if start % span == 0 and start + span <= num_layers:
+                yield from extend((*head, span), start + span)
+
+    return extend((), 0)
+
+
+@lru_cache
+def canonical_tilings(num_layers: int, granularities: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+    """`{number of blocks: canonical tiling}`, deepest first, for every depth that a side can take.
+
+    Canonical is the legal tiling with that many blocks whose spans, sorted from coarse to fine, are lexicographically smallest
+    (fine modules before coarse ones); ties go to the lexicographically smallest tuple (coarse modules at the top of the stack).
+
+    Solved from the top layer down. With the number of blocks fixed, "sorted spans are smallest" is "the counts of the coarsest,
+    the next coarsest, ... are smallest", and counts add up, so the best tiling of the layers above is part of the best tiling.
+    """
+    spans = (1, *sorted(granularities))
+    coarse_first = spans[::-1]
+    counts_of = {span: tuple(int(span == other) for other in coarse_first) for span in spans}
+    # best[start][depth] is (counts, tiling) of the layers from `start` to the top with `depth` blocks
+    best: list[dict[int, tuple[tuple[int, ...], tuple[int, ...]]]] = [{} for _ in range(num_layers + 1)]
+    best[num_layers][0] = (tuple(0 for _ in spans), ())
+    for start in reversed(range(num_layers)):
+        for span in spans:
+            if start % span or start + span > num_layers:
+                continue
+            for depth, (counts, tiling) in best[start + span].items():
+                candidate = (tuple(a + b for a, b in zip(counts, counts_of[span], strict=True)), (span, *tiling))
+                incumbent = best[start].get(depth + 1)
+                if incumbent is None or candidate < incumbent:
+                    best[start][depth + 1] = candidate
+    return {depth: best[0][depth][1] for depth in sorted(best[0], reverse=True)}
+
+
+def _size_first(encoder_depths: list[int], decoder_depths: list[int]) -> Iterator[tuple[int, int]]:
+    encoder, decoder = 0, 0
+    yield encoder_depths[0], decoder_depths[0]
+    while encoder + 1 < len(encoder_depths) or decoder + 1 < len(decoder_depths):
+        if decoder + 1 < len(decoder_depths):
+            decoder += 1
+            yield encoder_depths[encoder], decoder_depths[decoder]
+        if encoder + 1 < len(encoder_depths):
+            encoder += 1
+            yield encoder_depths[encoder], decoder_depths[decoder]
+
+
+def _speed_first(encoder_depths: list[int], decoder_depths: list[int]) -> Iterator[tuple[int, int]]:
+    for decoder in decoder_depths:
+        yield encoder_depths[0], decoder
+    for encoder in encoder_depths[1:]:
+        yield encoder, decoder_depths[-1]
+
+
+class Strategy(NamedTuple):
+    """A path of `(encoder depth, decoder depth)` from the teacher to the smallest plan, given each side's depths, deepest first."""
+
+    path: Callable[[list[int], list[int]], Iterator[tuple[int, int]]]
+    description: str
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "size-first": Strategy(_size_first, "shrinks both sides in turn, decoder first: the most quality for a size"),
+    "speed-first": Strategy(_speed_first, "shrinks the decoder to its end, then the encoder: the decoder runs once a token"),
+}
+
+
+class PlanReport(NamedTuple):
+    """What a plan costs. Layer parameters are those of the blocks; total adds embeddings, position biases, final norms, head."""
+
+    plan: AssemblyPlan
+    layer_ratio: float
+    total_ratio: float
+    layer_parameters: int
+    total_parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class BankShape:
+    """The counts of a bank that choosing a plan needs; mappings have the keys `encoder` and `decoder`.
+
+    Args:
+        num_layers: original layers a side.
+        granularities: of each side, ascending.
+        block_parameters: parameters of one block a side, without the relative position bias.
+        shared_parameters: what every plan has: embeddings, relative position biases, final norms, an untied head.
+        bytes_per_parameter: 4 for float32, 2 for bfloat16.
+    """
+
+    num_layers: Mapping[str, int]
+    granularities: Mapping[str, tuple[int, ...]]
+    block_parameters: Mapping[str, int]
+    shared_parameters: int
+    bytes_per_parameter: int = 4
+
+    @property
+    def teacher(self) -> AssemblyPlan:
+        """All original layers."""
+        return teacher_plan(self.num_layers)
+
+    def check(self, plan: AssemblyPlan) -> AssemblyPlan:
+        """`plan`, if this bank can run it; else a `ValueError` that says what is wrong."""
+        return checked_plan(plan, self.num_layers, self.granularities)
+
+    def path(self, strategy: str) -> list[AssemblyPlan]:
+        """The plans of a strategy, from the teacher to the smallest; raises `ValueError` for an unknown strategy."""
+        if strategy not in STRATEGIES:
+            choices = ", ".join(f"{name!r} ({row.description})" for name, row in STRATEGIES.items())
+            raise ValueError(f"unknown strategy {strategy!r}; choose one of {choices}, or write a plan like {_PLAN_EXAMPLE}")
+        encoder, decoder = (canonical_tilings(self.num_layers[side], tuple(self.granularities[side])) for side in SIDES)
+        depths = STRATEGIES[strategy].path(list(encoder), list(decoder))
+        return [AssemblyPlan(encoder[encoder_depth], decoder[decoder_depth]) for encoder_depth, decoder_depth in depths]
+
+    def report(self, plan: AssemblyPlan) -> PlanReport:
+        """Parameters, bytes and ratios of a plan."""
+        layers, teacher_layers = (
+            sum(len(each.spans(side)) * self.block_parameters[side] for side in SIDES) for each in (self.check(plan), self.teacher)
+        )
+        total, teacher_total = layers + self.shared_parameters, teacher_layers + self.shared_parameters
+        return PlanReport(plan, teacher_layers / layers, teacher_total / total, layers, total, total * self.bytes_per_parameter)
+
+    def choose(self, strategy: str, ratio: float) -> AssemblyPlan:
+        """The first plan of a strategy's path whose layer ratio (teacher's layer parameters / its own) reaches `ratio`.
+
+        Raises `ValueError` for an unknown strategy and for a ratio that is not a number, below 1, or above the bank's largest.
+        """
+        plans = self.path(strategy)
+        largest = self.report(plans[-1]).layer_ratio
+        is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool) and math.isfinite(ratio)
+        if not is_number or not 1 <= ratio <= largest:
+            raise ValueError(f"ratio must be a number from 1 (the teacher) to {largest:g} ({plans[-1]}), got {ratio!r}")
+        return next(plan for plan in plans if self.report(plan).layer_ratio >= ratio)
+
+
+def resolve_plan(shape: BankShape, strategy: PlanLike, ratio: float | None = None) -> AssemblyPlan:
+    """A strategy's name with a ratio, or a plan without one, as a plan that the bank of this shape can run.
+
+    Raises `ValueError` if neither fits; the message holds the choices.
+    """
+    if isinstance(strategy, str) and "/" not in strategy:
+        return shape.choose(strategy, ratio)
+    if ratio is not None:
+        raise ValueError(f"a ratio goes with a strategy ({', '.join(STRATEGIES)}); the plan {strategy} already fixes the size")
+    return shape.check(AssemblyPlan.from_any(strategy))

@@ -1,0 +1,334 @@
+"""A T5 that carries a bank of modularized layers and runs any plan of original layers and modules.
+
+The bank's stacks are T5's own, and so are the forwards of stack, block and attention: a plan only decides which blocks the stack
+runs over. Names stay T5's for everything that a T5 has, so a plain T5 loads the original layers out of a bank; the modules are
+`<side>.bank.<granularity>.<index>`.
+
+Source: "Modular Transformers: Compressing Transformers into Modularized Layers for Flexible Efficient Inference", Zhou, Le Bras,
+Choi, Findings of ACL 2023, arXiv 2306.02379.
+"""
+
+import copy
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    MT5ForConditionalGeneration,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.models.t5.modeling_t5 import T5Block, T5Stack
+
+from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape, PlanLike, PlanReport, resolve_plan
+from .configuration_modular_t5 import ModularT5Config, size_decoder_cache
+from .storage_modular_t5 import staged_folder
+
+
+# Which layer of its span a module starts as a copy of: span -> offset from the span's first layer. Measured in
+# benchmarks/initialization.py.
+INITIALIZATIONS = {
+    "first": lambda span: 0,
+    "middle": lambda span: span // 2,
+    "last": lambda span: span - 1,
+}
+
+_TEACHERS = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_BANK_FIELDS = ("architectures", "auto_map", "decoder_layers", "granularities", "model_type", "plan", "transformers_version")
+
+
+class _InitialisedAsT5(PreTrainedModel):
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Custom classes are taken to initialise their parameters themselves, which would leave T5's own blocks to nn.Linear's.
+        super()._initialize_weights(module, False)
+
+
+class PlannedBlocks(nn.ModuleList):
+    """Named, counted and indexed as the original layers, but *iterated* as the blocks that run, which is all that T5's stack does."""
+
+    def __init__(self, originals: Iterable[T5Block]):
+        super().__init__(originals)
+        self.running = list(self._modules.values())
+
+    def __iter__(self) -> Iterator[T5Block]:
+        return iter(self.running)
+
+
+class ModularT5Stack(_InitialisedAsT5, T5Stack):
+    """A `T5Stack` that runs over the blocks of a plan. Its original layers stay registered as `block`, the modules as `bank`."""
+
+    def __init__(self, config: T5Config, granularities: Sequence[int]):
+        super().__init__(config)
+        self.block = PlannedBlocks(self.block)
+        self.bank = nn.ModuleDict(
+            {str(s): nn.ModuleList(T5Block(config, layer_idx=j) for j in range(len(self.block) // s)) for s in granularities}
+        )
+        # Whichever block comes first computes the relative position bias, from the one table in original layer 0. Unregistered:
+        # the table has one name and is saved once.
+        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
+        for modules in self.bank.values():
+            attention = modules[0].layer[0].SelfAttention
+            attention.has_relative_attention_bias = True
+            attention.__dict__["relative_attention_bias"] = table
+        self.post_init()
+
+    def run_spans(self, spans: Sequence[int]) -> None:
+        """Run these spans from now on. They are taken to be legal."""
+        running, start = [], 0
+        for span in spans:
+            block = self.block[start] if span == 1 else self.bank[str(span)][start // span]
+            for sublayer in block.layer[:-1]:  # all but the feed-forward; `layer_idx` is the cache slot that attention writes
+                attention = sublayer.EncDecAttention if hasattr(sublayer, "EncDecAttention") else sublayer.SelfAttention
+                attention.layer_idx = len(running)
+            running.append(block)
+            start += span
+        self.block.running = running
+        self.config.num_layers = len(running)
+
+
+class ModularT5ForConditionalGeneration(_InitialisedAsT5, T5ForConditionalGeneration):
+    """A T5 with a module bank. It trains, generates, saves and loads as any T5, under whatever plan is set.
+
+    `plan`, `set_plan` and `using` run a plan in place; `assemble` writes one out as a stock `T5ForConditionalGeneration`.
+    Not thread-safe while plans change: give each thread an `assemble(..., share_weights=True)` of its own.
+    """
+
+    config_class = ModularT5Config
+    # T5's forward computes a mean over the tokens and ignores `num_items_in_batch`; without this flag the Trainer would scale the
+    # loss by accumulation steps and processes.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: ModularT5Config):
+        super().__init__(config)
+        self.encoder = ModularT5Stack(self.encoder.config, config.granularities["encoder"])
+        self.decoder = ModularT5Stack(self.decoder.config, config.granularities["decoder"])
+        self.set_plan(config.plan)
+        self.post_init()
+
+    # -- building ----------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_t5(
+        cls,
+        teacher: T5ForConditionalGeneration | MT5ForConditionalGeneration | str | os.PathLike,
+        granularities: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+        *,
+        initialization: str = "last",
+        **kwargs: Any,
+    ) -> "ModularT5ForConditionalGeneration":
+        """A bank around a fine-tuned T5: its layers as the originals, and modules that start as copies of them.
+
+        Args:
+            teacher: a T5, FLAN-T5, T5 v1.1, mT5 or ByT5 with its head, or the folder or Hub id of one. A model given is left
+                untouched and shares no memory with the bank.
+            granularities: of both sides, or `{"encoder": ..., "decoder": ...}`; by default those of 2, 3, 4, 6 that divide a
+                side's number of layers.
+            initialization: which layer of its span a module starts as: `"first"`, `"middle"` or `"last"`.
+            kwargs: for the teacher's `from_pretrained` (`dtype`, `revision`, `token`, ...), where it is a folder or Hub id.
+
+        Raises:
+            ValueError: the teacher is no T5 with a head, or the granularities do not fit it.
+        """
+        if initialization not in INITIALIZATIONS:
+            raise ValueError(f"unknown initialization {initialization!r}; choose one of {', '.join(INITIALIZATIONS)}")
+        if isinstance(teacher, nn.Module):
+            if kwargs:
+                raise ValueError(f"{sorted(kwargs)} apply where a teacher is loaded; a model was given, so set them on it")
+            if not isinstance(teacher, tuple(_TEACHERS.values())) or isinstance(teacher, cls):
+                raise ValueError(_not_a_teacher(type(teacher).__name__, teacher.config.model_type))
+            owned = False
+        else:
+            hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            model_type = AutoConfig.from_pretrained(teacher, **hub_arguments).model_type
+            if model_type not in _TEACHERS:
+                raise ValueError(_not_a_teacher(str(teacher), model_type))
+            teacher = _TEACHERS[model_type].from_pretrained(teacher, **kwargs)
+            owned = True
+
+        fields = _without(teacher.config.to_dict(), _BANK_FIELDS)
+        # mT5's code never scales and its configuration does not say so.
+        fields.setdefault("scale_decoder_outputs", False)
+        config = ModularT5Config(**fields, granularities=granularities)
+        config.name_or_path = teacher.config.name_or_path
+
+        sources, clones = {}, {}
+        for name, tensor in teacher.named_parameters(remove_duplicate=False):
+            if id(tensor) not in clones:
+                clones[id(tensor)] = tensor.detach() if owned else tensor.detach().clone()
+            sources[name] = clones[id(tensor)]
+        for side in SIDES:
+            for s in config.granularities[side]:
+                for start in range(0, len(getattr(teacher, side).block), s):
+                    original = f"{side}.block.{start + INITIALIZATIONS[initialization](s)}."
+                    for name in [name for name in sources if name.startswith(original) and not _is_bias_table(name)]:
+                        module_name = f"{_block_name(side, start, s)}.{name.removeprefix(original)}"
+                        sources[module_name] = sources[name].clone()
+        return _built(cls, config, sources, like=teacher)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`, and a `ValueError` if the checkpoint lacks a part of the bank."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        bank, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of this bank, the first of them {missing[0]}. "
+                "Download or save it again; to build a bank around a plain T5, use "
+                f"{cls.__name__}.from_t5({str(pretrained_model_name_or_path)!r})."
+            )
+        _record_tie(bank)
+        return (bank, info) if wants_info else bank
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`; a save that fails leaves the folder as it was."""
+        directory = os.path.abspath(os.fspath(save_directory))
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", os.path.basename(directory))
+        with staged_folder(directory) as staging:
+            super().save_pretrained(staging, *args, **kwargs)
+
+    # -- plans -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> BankShape:
+        """The counts that choosing a plan works with, read off the parameters."""
+        blocks = {side: _count(getattr(self, side).block[0], but=_is_bias_table) for side in SIDES}
+        kept = {id(p): p for name, p in self.named_parameters() if not name.startswith(_BLOCK_PREFIXES) or _is_bias_table(name)}
+        return BankShape(
+            num_layers={side: len(getattr(self, side).block) for side in SIDES},
+            granularities={side: tuple(self.config.granularities[side]) for side in SIDES},
+            block_parameters=blocks,
+            shared_parameters=sum(p.numel() for p in kept.values()),
+            bytes_per_parameter=self.dtype.itemsize,
+        )
+
+    @property
+    def plan(self) -> AssemblyPlan:
+        """What runs. Saved with the bank."""
+        return AssemblyPlan.from_any(self.config.plan)
+
+    def set_plan(self, strategy: PlanLike, ratio: float | None = None) -> AssemblyPlan:
+        """Run a plan from now on, given as in `assemble`; returns it. Nothing is copied."""
+        plan = self.choose_plan(strategy, ratio)
+        for side in SIDES:
+            getattr(self, side).run_spans(plan.spans(side))
+        self.config.plan = plan.to_dict()
+        return plan
+
+    @contextmanager
+    def using(self, strategy: PlanLike, ratio: float | None = None) -> Iterator["ModularT5ForConditionalGeneration"]:
+        """`with bank.using("2x6/2x6"): ...` runs a plan inside the block and the former one after it."""
+        former = self.plan
+        self.set_plan(strategy, ratio)
+        try:
+            yield self
+        finally:
+            self.set_plan(former)
+
+    def choose_plan(self, strategy: PlanLike, ratio: float | None = None) -> AssemblyPlan:
+        """The plan that `assemble` would write out for the same arguments."""
+        return resolve_plan(self.shape, strategy, ratio)
+
+    def report(self, strategy: PlanLike, ratio: float | None = None) -> PlanReport:
+        """Parameters, bytes and ratios of a plan, given as in `assemble`."""
+        return self.shape.report(self.choose_plan(strategy, ratio))
+
+    def parameter_map(self, plan: PlanLike) -> dict[str, str]:
+        """`{parameter name in the assembled T5: parameter name in the bank}`: assembling is renaming."""
+        plan = self.choose_plan(plan)
+        mapping = {name: name for name, _ in self.named_parameters(remove_duplicate=False) if not name.startswith(_BLOCK_PREFIXES)}
+        for side in SIDES:
+            table = next(name for name, _ in self.named_parameters() if name.startswith(f"{side}.") and _is_bias_table(name))
+            mapping[table] = table
+            for position, (start, span) in enumerate(plan.blocks(side)):
+                source = _block_name(side, start, span)
+                for name, _ in self.get_submodule(source).named_parameters():
+                    if not _is_bias_table(name):
+                        mapping[f"{side}.block.{position}.{name}"] = f"{source}.{name}"
+        return mapping
+
+    def assemble(self, strategy: PlanLike, ratio: float | None = None, *, share_weights: bool = False) -> T5ForConditionalGeneration:
+        """A stock T5 of the size asked for, in evaluation mode, without further training.
+
+        Args:
+            strategy: `"size-first"` or `"speed-first"` (the table `STRATEGIES`) with a ratio, or a plan without one: an
+                `AssemblyPlan` or its notation, such as `"1x12/4x3"`.
+            ratio: layer parameters of the teacher / layer parameters of the result; the first plan of the strategy that reaches
+                it is taken. From 1 to the bank's largest.
+            share_weights: copy nothing; the result reads, and if trained changes, the bank's own memory.
+
+        Raises:
+            ValueError: an unknown strategy, a ratio out of range, or a plan that this bank cannot run.
+        """
+        plan = self.choose_plan(strategy, ratio)
+        config = T5Config(**_without(self.config.to_dict(), _BANK_FIELDS))
+        config.num_layers, config.num_decoder_layers = plan.depths
+        size_decoder_cache(config)
+        config.architectures = [T5ForConditionalGeneration.__name__]
+        config.name_or_path = self.config.name_or_path
+
+        bank = dict(self.named_parameters(remove_duplicate=False))
+        sources, taken = {}, {}
+        for name, bank_name in self.parameter_map(plan).items():
+            tensor = bank[bank_name]
+            if id(tensor) not in taken:
+                taken[id(tensor)] = tensor.detach() if share_weights else tensor.detach().clone()
+            sources[name] = taken[id(tensor)]
+        return _built(T5ForConditionalGeneration, config, sources, like=self)
+
+
+_BLOCK_PREFIXES = tuple(f"{side}.{kind}." for side in SIDES for kind in ("block", "bank"))
+
+
+def _block_name(side: str, start: int, span: int) -> str:
+    return f"{side}.block.{start}" if span == 1 else f"{side}.bank.{span}.{start // span}"
+
+
+def _is_bias_table(name: str) -> bool:
+    return name.endswith("relative_attention_bias.weight")
+
+
+def _count(module: nn.Module, but: Any) -> int:
+    return sum(p.numel() for name, p in module.named_parameters() if not but(name))
+
+
+def _without(fields: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
+
+
+def _not_a_teacher(name: str, model_type: str) -> str:
+    reasons = {
+        "umt5": "UMT5 has a relative position bias in every layer, which a module for several layers cannot stand in for",
+        "modular_t5": "it is a bank already; load it with from_pretrained",
+    }
+    reason = reasons.get(model_type, "a teacher is a T5ForConditionalGeneration or an MT5ForConditionalGeneration")
+    return f"cannot build a bank from {name} (model type {model_type!r}): {reason}"
+
+
+def _built(model_class: type, config: T5Config, sources: Mapping[str, torch.Tensor], like: PreTrainedModel) -> Any:
+    """A model on these tensors, nothing copied; names that share a tensor share a parameter. The rest is taken from `like`."""
+    config._attn_implementation = like.config._attn_implementation
+    config.dtype = like.dtype
+    with torch.device("meta"):
+        model = model_class(config)
+    parameters: dict[int, nn.Parameter] = {}
+    for name, _ in list(model.named_parameters(remove_duplicate=False)):
+        tensor = sources[name]
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = parameters.setdefault(id(tensor), nn.Parameter(tensor))
+    model.generation_config = copy.deepcopy(like.generation_config)
+    _record_tie(model)
+    return model.eval()
+
+
+def _record_tie(model: T5ForConditionalGeneration) -> None:
+    # T5's configuration says "tied" of every model. Where the head is a matrix of its own, the saved file must say so, or older
+    # transformers and tie_weights() replace it by the embeddings.
+    model.config.tie_word_embeddings = model.lm_head.weight is model.shared.weight

@@ -1,0 +1,80 @@
+"""Which plan a training step runs: a pure function of the seed, the step and how far training has come.
+
+Source of module replacing: Xu et al., "BERT-of-Theseus", EMNLP 2020, arXiv 2002.02925; of several granularities and the
+coarse-to-fine curriculum: Zhou, Le Bras, Choi, "Modular Transformers", Findings of ACL 2023, arXiv 2306.02379.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
+
+
+# How much likelier the favoured end of the granularities is than the other at either end of training.
+_TILT = 4.0
+
+
+def _tilted(granularities: Sequence[int], towards_coarse: float) -> list[float]:
+    """Odds that move from fine (`towards_coarse` = -1) through even (0) to coarse (1)."""
+    ranks = range(len(granularities))
+    middle = (len(granularities) - 1) / 2
+    return [math.exp(math.log(_TILT) * towards_coarse * (rank - middle) / max(2 * middle, 1)) for rank in ranks]
+
+
+class Curriculum(NamedTuple):
+    """Odds of the granularities (ascending) at a progress from 0 to 1. Odds need not sum to 1."""
+
+    odds: Callable[[Sequence[int], float], list[float]]
+    description: str
+
+
+CURRICULA: dict[str, Curriculum] = {
+    "coarse-to-fine": Curriculum(lambda s, progress: _tilted(s, 1 - 2 * progress), "coarse modules first, fine ones last: the paper's"),
+    "fine-to-coarse": Curriculum(lambda s, progress: _tilted(s, 2 * progress - 1), "fine modules first, coarse ones last"),
+    "uniform": Curriculum(lambda s, progress: [1.0] * len(s), "every granularity alike all the time"),
+}
+
+
+def draw_plan(shape: BankShape, *, seed: int, step: int, progress: float, replacing_rate: float, curriculum: str) -> AssemblyPlan:
+    """A random plan with at least one module.
+
+    Each side is walked from the bottom. Where a module may start, one is taken with probability `replacing_rate`, its granularity
+    by the curriculum's odds among those that fit; else the original layer stays.
+
+    Args:
+        shape: of the bank.
+        seed, step: integers; equal ones give equal plans, in every process and after a restart.
+        progress: of training, from 0 to 1.
+        replacing_rate: above 0, at most 1.
+        curriculum: a name in `CURRICULA`.
+    """
+    odds_of = CURRICULA[curriculum].odds
+    # Seeded by a string, Random hashes it with SHA-512: the same in every process.
+    draw = random.Random(f"{seed}/{step}")
+    while True:
+        plan = AssemblyPlan(*(_draw_spans(draw, shape, side, progress, replacing_rate, odds_of) for side in SIDES))
+        if plan != shape.teacher:
+            return plan
+
+
+def _draw_spans(
+    draw: random.Random,
+    shape: BankShape,
+    side: str,
+    progress: float,
+    replacing_rate: float,
+    odds_of: Callable[[Sequence[int], float], list[float]],
+) -> tuple[int, ...]:
+    granularities = shape.granularities[side]
+    odds = dict(zip(granularities, odds_of(granularities, progress), strict=True))
+    spans: list[int] = []
+    start = 0
+    while start < shape.num_layers[side]:
+        # A granularity divides its side, so a module that starts at a multiple of it also ends inside the side.
+        fitting = [s for s in granularities if start % s == 0]
+        replaced = fitting and draw.random() < replacing_rate
+        spans.append(draw.choices(fitting, [odds[s] for s in fitting])[0] if replaced else 1)
+        start += spans[-1]
+    return tuple(spans)

@@ -1,0 +1,167 @@
+"""`ModularTrainer`: a `Seq2SeqTrainer` that trains a bank by module replacing and distillation."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+from .assembly_modular_t5 import SIDES, AssemblyPlan
+from .distillation import hidden_state_loss, logit_loss
+from .modeling_modular_t5 import ModularT5ForConditionalGeneration
+from .replacing import CURRICULA, draw_plan
+
+
+@dataclass
+class ModularTrainingArguments(Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` and the dials of replacing and distillation.
+
+    Raises:
+        ValueError: a dial out of its range, or weights that leave nothing to learn from.
+    """
+
+    replacing_rate: float = field(
+        default=0.7,
+        metadata={"help": "Probability of a module instead of the original layer at every place where one may start; above 0 to 1."},
+    )
+    curriculum: str = field(
+        default="coarse-to-fine",
+        metadata={"help": "How the odds of the granularities move: " + "; ".join(f"{k}: {v.description}" for k, v in CURRICULA.items())},
+    )
+    task_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy with the labels."})
+    logit_weight: float = field(default=1.0, metadata={"help": "Weight of the KL divergence from the teacher's predictions."})
+    hidden_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the relative squared error of the hidden state at the end of every module."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL divergence; above 0."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.replacing_rate <= 1:
+            raise ValueError(f"replacing_rate must be above 0 and at most 1, got {self.replacing_rate!r}")
+        if self.curriculum not in CURRICULA:
+            raise ValueError(f"unknown curriculum {self.curriculum!r}; choose one of {', '.join(CURRICULA)}")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature must be a number above 0, got {self.temperature!r}")
+        weights = {name: getattr(self, name) for name in ("task_weight", "logit_weight", "hidden_weight")}
+        for name, weight in weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"{name} must be a number of at least 0, got {weight!r}")
+        if not any(weights.values()):
+            raise ValueError(f"at least one of {', '.join(weights)} must be above 0")
+
+
+class ModularTrainer(Seq2SeqTrainer):
+    """Trains the modules of a bank; everything else of the bank is the teacher, frozen and without dropout.
+
+    Each step runs one random plan in place of the original layers. Its loss is the weighted sum of the task's cross-entropy
+    (`task_loss` in the log), the KL divergence from the teacher's predictions (`logit_loss`) and the error of the hidden state at
+    the end of every span that a module covers (`hidden_loss`). Evaluation and prediction run the bank's plan, as they find it.
+
+    Args:
+        model: a `ModularT5ForConditionalGeneration`. The parameters outside its modules are set not to require gradients.
+        args: `ModularTrainingArguments`.
+        kwargs: those of `Seq2SeqTrainer`.
+
+    Raises:
+        ValueError: the model is not a bank, or the arguments are not `ModularTrainingArguments`.
+    """
+
+    def __init__(self, model: ModularT5ForConditionalGeneration, args: ModularTrainingArguments, **kwargs: Any):
+        if not isinstance(model, ModularT5ForConditionalGeneration):
+            raise ValueError(
+                f"ModularTrainer trains a ModularT5ForConditionalGeneration, got {type(model).__name__}; "
+                "build one with ModularT5ForConditionalGeneration.from_t5(model)"
+            )
+        if not isinstance(args, ModularTrainingArguments):
+            raise ValueError(f"ModularTrainer takes ModularTrainingArguments, got {type(args).__name__}")
+        model.requires_grad_(False)
+        for module in _modules(model):
+            module.requires_grad_(True)
+        super().__init__(model=model, args=args, **kwargs)
+        self._shape = model.shape
+        self._logged_terms: dict[str, list[torch.Tensor]] = {}
+
+    def plan_of_step(self, step: int) -> AssemblyPlan:
+        """The plan that runs in an optimizer step, of the same training, counted from 0."""
+        args = self.args
+        progress = step / max(self.state.max_steps - 1, 1)
+        return draw_plan(
+            self._shape,
+            seed=args.seed,
+            step=step,
+            progress=min(progress, 1.0),
+            replacing_rate=args.replacing_rate,
+            curriculum=args.curriculum,
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a random plan in training, of the bank's plan in evaluation."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if inputs.get("labels") is None:
+            raise ValueError(f"training needs labels; the batch has {sorted(inputs)}")
+        bank = self.accelerator.unwrap_model(model)
+        plan = self.plan_of_step(self.state.global_step)
+
+        bank.eval()
+        with torch.no_grad(), bank.using(self._shape.teacher):
+            teacher = bank(**inputs, output_hidden_states=True)
+        for module in _modules(bank):
+            module.train()
+        with bank.using(plan):
+            # Where the encoder runs as it is, its states are the teacher's.
+            reused = {}
+            if plan.encoder == self._shape.teacher.encoder:
+                reused["encoder_outputs"] = BaseModelOutput(teacher.encoder_last_hidden_state, teacher.encoder_hidden_states)
+            student = model(**inputs, **reused, output_hidden_states=True)
+
+        terms = self._loss_terms(plan, inputs, student, teacher)
+        for name, term in terms.items():
+            self._logged_terms.setdefault(name, []).append(term.detach())
+        weights = {"task_loss": self.args.task_weight, "logit_loss": self.args.logit_weight, "hidden_loss": self.args.hidden_weight}
+        loss = sum(weights[name] * term for name, term in terms.items())
+        return (loss, student) if return_outputs else loss
+
+    def _loss_terms(
+        self, plan: AssemblyPlan, inputs: dict[str, Any], student: Seq2SeqLMOutput, teacher: Seq2SeqLMOutput
+    ) -> dict[str, torch.Tensor]:
+        labels = inputs["labels"]
+        target_mask = labels != -100
+        terms = {}
+        if self.args.task_weight:
+            terms["task_loss"] = student.loss if self.label_smoother is None else self.label_smoother(student, labels)
+        if self.args.logit_weight:
+            terms["logit_loss"] = logit_loss(student.logits, teacher.logits, target_mask, self.args.temperature)
+        if self.args.hidden_weight:
+            source_mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(inputs["input_ids"]).bool()
+            masks = {"encoder": source_mask, "decoder": target_mask}
+            errors = [
+                hidden_state_loss(student[f"{side}_hidden_states"][block + 1], teacher[f"{side}_hidden_states"][start + span], masks[side])
+                for side in SIDES
+                for block, (start, span) in enumerate(plan.blocks(side))
+                if span > 1
+            ]
+            terms["hidden_loss"] = torch.stack(errors).mean()
+        return terms
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`, with the mean of every loss term since the last training log."""
+        if "loss" in logs:
+            logs = {**logs, **{name: torch.stack(values).mean().item() for name, values in self._logged_terms.items()}}
+            self._logged_terms.clear()
+        super().log(logs, *args, **kwargs)
+
+
+def _modules(bank: ModularT5ForConditionalGeneration) -> Iterator[nn.Module]:
+    return (getattr(bank, side).bank for side in SIDES)
