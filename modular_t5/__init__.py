@@ -5,13 +5,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 from .assembly_modular_t5 import STRATEGIES, AssemblyPlan, BankShape, PlanReport
 from .configuration_modular_t5 import ModularT5Config
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
+from .trainer import ModularTrainer, ModularTrainingArguments
 
 
 AutoConfig.register(ModularT5Config.model_type, ModularT5Config, exist_ok=True)
 AutoModel.register(ModularT5Config, ModularT5ForConditionalGeneration, exist_ok=True)
 AutoModelForSeq2SeqLM.register(ModularT5Config, ModularT5ForConditionalGeneration, exist_ok=True)
-
-__version__ = "0.1.0"
 
 __all__ = [
     "STRATEGIES",
@@ -19,5 +18,7 @@ __all__ = [
     "BankShape",
     "ModularT5Config",
     "ModularT5ForConditionalGeneration",
+    "ModularTrainer",
+    "ModularTrainingArguments",
     "PlanReport",
 ]

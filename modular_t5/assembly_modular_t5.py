@@ -255,6 +255,12 @@ class BankShape:
         """`plan`, if this bank can run it; else a `ValueError` that says what is wrong."""
         return checked_plan(plan, self.num_layers, self.granularities)
 
+    @property
+    def largest_ratio(self) -> float:
+        """Of the smallest plan, at which every strategy ends."""
+        smallest = (min(canonical_tilings(self.num_layers[side], tuple(self.granularities[side])).items())[1] for side in SIDES)
+        return self.report(AssemblyPlan(*smallest)).layer_ratio
+
     def path(self, strategy: str) -> list[AssemblyPlan]:
         """The plans of a strategy, from the teacher to the smallest; raises `ValueError` for an unknown strategy."""
         if strategy not in STRATEGIES:
@@ -278,10 +284,9 @@ class BankShape:
         Raises `ValueError` for an unknown strategy and for a ratio that is not a number, below 1, or above the bank's largest.
         """
         plans = self.path(strategy)
-        largest = self.report(plans[-1]).layer_ratio
         is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool) and math.isfinite(ratio)
-        if not is_number or not 1 <= ratio <= largest:
-            raise ValueError(f"ratio must be a number from 1 (the teacher) to {largest:g} ({plans[-1]}), got {ratio!r}")
+        if not is_number or not 1 <= ratio <= self.largest_ratio:
+            raise ValueError(f"ratio must be a number from 1 (the teacher) to {self.largest_ratio:g} ({plans[-1]}), got {ratio!r}")
         return next(plan for plan in plans if self.report(plan).layer_ratio >= ratio)
 
 

@@ -72,7 +72,7 @@ def _normalised_granularities(given: Any, layers: Mapping[str, int]) -> dict[str
     if given is None:
         given = {side: [s for s in DEFAULT_GRANULARITIES if layers[side] % s == 0] for side in SIDES}
     elif not isinstance(given, Mapping):
-        given = {side: given for side in SIDES}
+        given = dict.fromkeys(SIDES, given)
     if set(given) != set(SIDES):
         raise ValueError(f"granularities by side have the keys 'encoder' and 'decoder', got {sorted(map(str, given))}")
     for side, granularities in given.items():

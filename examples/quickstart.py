@@ -1,0 +1,289 @@
+"""From a fine-tuned T5 to every size of it, in one run: train a bank once, assemble sizes, measure them, write it all out.
+
+With nothing but the package, on a task that is made on the spot (a small teacher is trained first):
+
+    python examples/quickstart.py
+
+On your own T5 and data, JSON-lines in the Hub's translation format, `{"translation": {"en": "...", "de": "..."}}` a line:
+
+    python examples/quickstart.py --teacher DIR_OR_HUB_ID --train_file train.jsonl --validation_file dev.jsonl --test_file test.jsonl \
+        --source_lang en --target_lang de --max_steps 2000
+
+or on a dataset of the Hub, with `--dataset_name wmt14 --dataset_config_name de-en` in place of the files.
+"""
+
+import resource
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sacrebleu
+import torch
+import transformers
+import written_numbers
+from datasets import Dataset, load_dataset
+from transformers import (
+    Adafactor,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5ForConditionalGeneration,
+    set_seed,
+)
+
+from modular_t5 import AssemblyPlan, ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
+from modular_t5.frontier import Frontier, FrontierPoint, environment, generate_texts, measure_speed
+
+
+NEXT = """
+In {out}/: bank/ (every size), assembled-2x/ (a stock T5), frontier.png and results.json. What to type next:
+
+    import modular_t5
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained("{out}/bank")
+    bank = AutoModelForSeq2SeqLM.from_pretrained("{out}/bank")
+    fast = bank.assemble("speed-first", ratio=1.5)      # any ratio, without further training
+    inputs = tokenizer("{source}", return_tensors="pt")
+    print(tokenizer.decode(fast.generate(inputs.input_ids, max_new_tokens=64)[0], skip_special_tokens=True))
+"""
+
+BLEU, CHRF = sacrebleu.BLEU(), sacrebleu.CHRF()
+
+# Layer ratios asked of each strategy.
+SIZES = {"size-first": (1.2, 1.5, 2, 3, 4, 6), "speed-first": (1.25, 1.4, 1.6, 1.9)}
+
+
+@dataclass
+class QuickstartArguments:
+    """Without `--teacher` and data, the built-in task is run."""
+
+    teacher: str | None = field(default=None, metadata={"help": "Folder or Hub id of a fine-tuned T5."})
+    train_file: str | None = field(default=None, metadata={"help": "JSON-lines in the Hub's translation format."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same, for the loss by plan after training."})
+    test_file: str | None = field(default=None, metadata={"help": "The same, for the table."})
+    dataset_name: str | None = field(default=None, metadata={"help": "A dataset of the Hub instead of the files."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    source_lang: str = field(default=written_numbers.SOURCE_LANG, metadata={"help": "Key of the source in `translation`."})
+    target_lang: str = field(default=written_numbers.TARGET_LANG, metadata={"help": "Key of the target in `translation`."})
+    source_prefix: str = field(default="", metadata={"help": "Put before every source, for T5s that were trained so."})
+    max_source_length: int = field(default=128, metadata={"help": "In tokens."})
+    max_target_length: int = field(default=128, metadata={"help": "In tokens."})
+    max_test_examples: int = field(default=1000, metadata={"help": "Examples of the test split that the table uses."})
+    max_steps: int = field(default=1500, metadata={"help": "Training steps of the bank."})
+    teacher_steps: int = field(default=1200, metadata={"help": "Training steps of the built-in task's teacher."})
+    batch_size: int = field(default=64, metadata={"help": "Examples a training step."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak, for the bank. Small T5s like 1e-3 to 3e-3, T5-base 3e-4."})
+    output_dir: str = field(default="out/quickstart", metadata={"help": "Where the bank, one assembled model and the results go."})
+    seed: int = field(default=0, metadata={"help": "Of the data, the teacher, the plans and the batches."})
+
+    def __post_init__(self) -> None:
+        files = [self.train_file, self.validation_file, self.test_file]
+        has_data = self.dataset_name is not None or any(files)
+        if self.dataset_name is None and any(files) and not all(files):
+            raise ValueError("--train_file, --validation_file and --test_file go together")
+        if self.dataset_name is not None and any(files):
+            raise ValueError("give either --dataset_name or the three files, not both")
+        if has_data != (self.teacher is not None):
+            raise ValueError(
+                "a --teacher needs data (--train_file, --validation_file, --test_file, or --dataset_name) and data needs a --teacher"
+            )
+
+
+def main() -> None:
+    started = time.perf_counter()
+    (args,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses()
+    transformers.logging.set_verbosity_error()
+    set_seed(args.seed)
+    out = Path(args.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+
+    say("Reading the data" if args.teacher else "Making the built-in task: amounts and dates in words, English to German")
+    splits = load_splits(args)
+    sources, targets = texts_of(splits["test"].select(range(min(args.max_test_examples, len(splits["test"])))), args)
+    for source, target in zip(sources[:3], targets[:3], strict=True):
+        print(f"    {source}  ->  {target}")
+
+    if args.teacher:
+        say(f"Building a bank around {args.teacher}")
+        tokenizer = AutoTokenizer.from_pretrained(args.teacher)
+        bank = ModularT5ForConditionalGeneration.from_t5(args.teacher, dtype=torch.float32)
+        train_set = tokenized(splits["train"], tokenizer, args)
+    else:
+        say(f"Training a teacher: a T5 with 6+6 layers, {args.teacher_steps} steps")
+        english, german = texts_of(splits["train"].select(range(4000)), args)
+        tokenizer = written_numbers.train_tokenizer(english + german)
+        train_set = tokenized(splits["train"], tokenizer, args)
+        bank = ModularT5ForConditionalGeneration.from_t5(train_teacher(tokenizer, train_set, args))
+    bank.to("cuda" if torch.cuda.is_available() else "cpu")
+    plans = sizes_of(bank)
+
+    say(f"Evaluating {len(plans)} plans before training: layers dropped, nothing learned")
+    untrained = {name: evaluate(bank, name, plan, tokenizer, sources, targets, args) for name, plan in plans.items()}
+
+    say(f"Training the bank once, {args.max_steps} steps")
+    train_bank(bank, tokenizer, train_set, tokenized(splits["validation"], tokenizer, args), plans, args)
+
+    say(f"Evaluating {len(plans)} sizes, and their speed")
+    scores = {name: evaluate(bank, name, plan, tokenizer, sources, targets, args) for name, plan in plans.items()}
+    batch = tokenizer(sources[:32], return_tensors="pt", padding=True, truncation=True, max_length=args.max_source_length)
+    assembled = [bank.assemble(plan, share_weights=True) for plan in plans.values()]
+    speeds = measure_speed(assembled, batch.to(bank.device), new_tokens=16, description="Timing")
+
+    reports = {name: bank.report(plan) for name, plan in plans.items()}
+    points = [
+        FrontierPoint.of(name, reports[name], scores[name], untrained[name], speed) for name, speed in zip(plans, speeds, strict=True)
+    ]
+    frontier = Frontier(tuple(points), metric="BLEU" if args.teacher else "exact match")
+
+    for folder, model in (("bank", bank), ("assembled-2x", bank.assemble("size-first", ratio=2))):
+        model.save_pretrained(out / folder)
+        tokenizer.save_pretrained(out / folder)
+    frontier.plot(out / "frontier.png", title="One training, every size")
+    seconds = time.perf_counter() - started
+    frontier.save(
+        out / "results.json",
+        **environment(),
+        seed=args.seed,
+        seconds=round(seconds),
+        peak_memory_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),  # Linux counts kilobytes
+        test_examples=len(sources),
+        decoding="greedy",
+        speed=f"greedy, batch {len(batch.input_ids)}, 16 new tokens each, median of 5 interleaved rounds",
+        metrics={"exact match": "% of equal strings", "chrF": str(CHRF.get_signature()), "BLEU": str(BLEU.get_signature())},
+    )
+    say(f"One training, {len(plans) - 1} sizes; {seconds:.0f} s in all")
+    print(frontier.table())
+    print(NEXT.format(out=out, source=sources[0]))
+
+
+def load_splits(args: QuickstartArguments) -> dict[str, Dataset]:
+    """Train, validation and test of the built-in task, of files, or of a dataset of the Hub."""
+    if args.dataset_name:
+        return load_dataset(args.dataset_name, args.dataset_config_name)
+    if args.train_file:
+        return load_dataset("json", data_files={"train": args.train_file, "validation": args.validation_file, "test": args.test_file})
+    made = written_numbers.make_splits(train=40_000, validation=500, test=500, seed=args.seed)
+    return {name: Dataset.from_list(examples) for name, examples in made.items()}
+
+
+def texts_of(split: Dataset, args: QuickstartArguments) -> tuple[list[str], list[str]]:
+    """Sources, with the prefix, and targets."""
+    translations = split["translation"]
+    return [args.source_prefix + t[args.source_lang] for t in translations], [t[args.target_lang] for t in translations]
+
+
+def tokenized(split: Dataset, tokenizer: PreTrainedTokenizerBase, args: QuickstartArguments) -> Dataset:
+    """The split as the trainers take it, with the lengths that they group batches by."""
+
+    def tokenize(examples: dict[str, list]) -> dict[str, list]:
+        sources = [args.source_prefix + t[args.source_lang] for t in examples["translation"]]
+        features = tokenizer(sources, max_length=args.max_source_length, truncation=True)
+        targets = [t[args.target_lang] for t in examples["translation"]]
+        labels = tokenizer(text_target=targets, max_length=args.max_target_length, truncation=True).input_ids
+        return {"input_ids": features.input_ids, "labels": labels, "length": [len(ids) for ids in labels]}
+
+    return split.map(tokenize, batched=True, remove_columns=split.column_names, desc="Tokenizing")
+
+
+def training_arguments(args: QuickstartArguments, steps: int) -> dict[str, Any]:
+    """What the training of the teacher and of the bank have in common."""
+    return {
+        "output_dir": str(Path(args.output_dir) / "training"),
+        "max_steps": steps,
+        "per_device_train_batch_size": args.batch_size,
+        "train_sampling_strategy": "group_by_length",
+        "warmup_steps": min(100, steps // 10),
+        "logging_steps": max(1, steps // 10),
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": args.seed,
+    }
+
+
+def train_teacher(tokenizer: PreTrainedTokenizerBase, train_set: Dataset, args: QuickstartArguments) -> T5ForConditionalGeneration:
+    """A T5 for the built-in task, from nothing."""
+    teacher = T5ForConditionalGeneration(written_numbers.teacher_config(len(tokenizer)))
+    # Scaled by each matrix's own size: T5's embeddings start some ten times larger than its layers.
+    optimizer = Adafactor(teacher.parameters(), lr=3e-2, scale_parameter=True, relative_step=False)
+    Seq2SeqTrainer(
+        model=teacher,
+        args=Seq2SeqTrainingArguments(**training_arguments(args, args.teacher_steps)),
+        train_dataset=train_set,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=teacher),
+        optimizers=(optimizer, None),
+    ).train()
+    return teacher
+
+
+def train_bank(
+    bank: ModularT5ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    train_set: Dataset,
+    validation_set: Dataset,
+    plans: dict[str, AssemblyPlan],
+    args: QuickstartArguments,
+) -> None:
+    """The one training; afterwards prints the validation loss of every plan."""
+    trainer = ModularTrainer(
+        model=bank,
+        args=ModularTrainingArguments(
+            **training_arguments(args, args.max_steps), learning_rate=args.learning_rate, per_device_eval_batch_size=args.batch_size
+        ),
+        train_dataset=train_set,
+        eval_dataset=validation_set,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=bank),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    for name, plan in plans.items():
+        with bank.using(plan):
+            trainer.evaluate(metric_key_prefix=f"eval_{name.replace(' ', '_')}")
+
+
+def sizes_of(bank: ModularT5ForConditionalGeneration) -> dict[str, AssemblyPlan]:
+    """The teacher and every distinct size of `SIZES` that the bank reaches."""
+    plans = {"teacher": bank.shape.teacher}
+    for strategy, ratios in SIZES.items():
+        for ratio in ratios:
+            if ratio <= bank.shape.largest_ratio and (plan := bank.choose_plan(strategy, ratio)) not in plans.values():
+                plans[f"{strategy} {ratio:g}x"] = plan
+    return plans
+
+
+def evaluate(
+    bank: ModularT5ForConditionalGeneration,
+    name: str,
+    plan: AssemblyPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: list[str],
+    targets: list[str],
+    args: QuickstartArguments,
+) -> dict[str, float]:
+    """Scores, 0 to 100, of what the bank generates under a plan."""
+    with bank.using(plan):
+        texts = generate_texts(
+            bank,
+            tokenizer,
+            sources,
+            max_new_tokens=args.max_target_length,
+            max_source_length=args.max_source_length,
+            description=f"Evaluating {name}",
+        )
+    equal = sum(text == target for text, target in zip(texts, targets, strict=True))
+    return {
+        "exact match": 100 * equal / len(targets),
+        "chrF": CHRF.corpus_score(texts, [targets]).score,
+        "BLEU": BLEU.corpus_score(texts, [targets]).score,
+    }
+
+
+def say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Measuring what the sizes of a bank are worth: quality, size and speed of each plan, as a table, a picture and a file."""
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .assembly_modular_t5 import PlanReport
+
+
+def environment() -> dict[str, Any]:
+    """What a measurement must say of where it was made: command, date, hardware and versions."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        processor = next(
+            (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), processor
+        )
+    hardware = f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        hardware += f", {torch.cuda.get_device_name()}"
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "hardware": hardware,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("modular_t5", "torch", "transformers")}},
+    }
+
+
+@torch.inference_mode()
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    max_source_length: int = 512,
+    description: str | None = None,
+    **generate_arguments: Any,
+) -> list[str]:
+    """What the model makes of every source, in their order; batches hold sources of like length.
+
+    Args:
+        max_new_tokens, max_source_length: in tokens.
+        description: of the progress bar; none without it.
+        generate_arguments: for `model.generate`; greedy search by default.
+    """
+    generate_arguments = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, **generate_arguments}
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+    texts = [""] * len(sources)
+    with tqdm(total=len(sources), desc=description, disable=description is None, leave=False) as bar:
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            inputs = tokenizer(
+                [sources[i] for i in batch], return_tensors="pt", padding=True, truncation=True, max_length=max_source_length
+            ).to(model.device)
+            outputs = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, **generate_arguments)
+            for i, text in zip(batch, tokenizer.batch_decode(outputs, skip_special_tokens=True), strict=True):
+                texts[i] = text
+            bar.update(len(batch))
+    return texts
+
+
+@torch.inference_mode()
+def measure_speed(
+    models: Sequence[PreTrainedModel], inputs: dict[str, torch.Tensor], *, new_tokens: int, rounds: int = 5, description: str | None = None
+) -> list[float]:
+    """Greedy tokens a second of each model, target tokens of the whole batch counted, all forced to the same length.
+
+    The models take turns within every round, so that what else the machine does meets all alike; the median round counts.
+    """
+    arguments = {"do_sample": False, "num_beams": 1, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+    seconds: list[list[float]] = [[] for _ in models]
+    for repetition in tqdm(range(rounds + 1), desc=description, disable=description is None, leave=False):
+        for model, times in zip(models, seconds, strict=True):
+            start = time.perf_counter()
+            model.generate(**inputs, **arguments)
+            if repetition:  # the first round warms up
+                times.append(time.perf_counter() - start)
+    return [new_tokens * len(inputs["input_ids"]) / median(times) for times in seconds]
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One size of a bank, as measured.
+
+    Args:
+        name: what was asked for, such as `size-first 2x`.
+        plan: what was assembled, in plan notation.
+        depths: blocks of the encoder and of the decoder.
+        layer_ratio: layer parameters of the teacher / of this size.
+        parameters: all of them, embeddings included.
+        bytes: of those parameters.
+        scores: of the metrics, higher is better.
+        untrained_scores: of the same plan before the bank was trained: original layers dropped, nothing learned.
+        tokens_per_second: as `measure_speed` gives it.
+    """
+
+    name: str
+    plan: str
+    depths: tuple[int, int]
+    layer_ratio: float
+    parameters: int
+    bytes: int
+    scores: dict[str, float]
+    untrained_scores: dict[str, float]
+    tokens_per_second: float
+
+    @classmethod
+    def of(
+        cls, name: str, report: PlanReport, scores: dict[str, float], untrained_scores: dict[str, float], tokens_per_second: float
+    ) -> "FrontierPoint":
+        """The point of a plan whose counts are in `report`."""
+        counts = (report.plan.depths, report.layer_ratio, report.total_parameters, report.bytes)
+        return cls(name, str(report.plan), *counts, scores, untrained_scores, tokens_per_second)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The measured sizes of a bank, the teacher first, and the metric that quality is read by."""
+
+    points: tuple[FrontierPoint, ...]
+    metric: str
+
+    @property
+    def teacher(self) -> FrontierPoint:
+        return self.points[0]
+
+    def kept(self, point: FrontierPoint) -> float:
+        """Per cent of the teacher's score that a size keeps."""
+        return 100 * point.scores[self.metric] / self.teacher.scores[self.metric]
+
+    def speedup(self, point: FrontierPoint) -> float:
+        """Tokens a second, relative to the teacher's."""
+        return point.tokens_per_second / self.teacher.tokens_per_second
+
+    def table(self) -> str:
+        """A Markdown table, aligned for reading as plain text."""
+        metrics = list(self.teacher.scores)
+        header = [
+            "size",
+            "plan",
+            "layers",
+            "ratio",
+            "parameters",
+            "MB",
+            *metrics,
+            "kept",
+            "tokens/s",
+            "speed-up",
+            f"untrained drop, {self.metric}",
+        ]
+        rows = [
+            [
+                point.name,
+                point.plan,
+                "+".join(map(str, point.depths)),
+                f"{point.layer_ratio:.2f}x",
+                f"{point.parameters:,}",
+                f"{point.bytes / 1e6:.2f}",
+                *(f"{point.scores[metric]:.1f}" for metric in metrics),
+                f"{self.kept(point):.1f} %",
+                f"{point.tokens_per_second:,.0f}",
+                f"{self.speedup(point):.2f}x",
+                f"{point.untrained_scores[self.metric]:.1f}",
+            ]
+            for point in self.points
+        ]
+        return markdown_table(header, rows, left=2)
+
+    def save(self, path: str | os.PathLike, **provenance: Any) -> None:
+        """Write every figure, and where it comes from, as JSON."""
+        points = [{**asdict(point), "kept_percent": self.kept(point), "speedup": self.speedup(point)} for point in self.points]
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({**provenance, "metric": self.metric, "points": points}, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+
+    def plot(self, path: str | os.PathLike, title: str = "") -> None:
+        """Quality kept against layer ratio, a line a strategy, beside the same plans before training.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Frontier.plot needs matplotlib: pip install matplotlib") from error
+        figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+        axes = figure.add_subplot()
+        sizes = self.points[1:]
+        for strategy, colour in zip(dict.fromkeys(point.name.split()[0] for point in sizes), ("C0", "C1", "C2", "C4"), strict=False):
+            line = [self.teacher, *(point for point in sizes if point.name.split()[0] == strategy)]
+            axes.plot([p.layer_ratio for p in line], [self.kept(p) for p in line], "o-", color=colour, label=strategy)
+            untrained = [100 * p.untrained_scores[self.metric] / self.teacher.scores[self.metric] for p in line]
+            axes.plot([p.layer_ratio for p in line], untrained, "x:", color=colour, alpha=0.6, label=f"{strategy}, untrained layer drop")
+            above = strategy == sizes[0].name.split()[0]
+            for point in line[1:]:
+                axes.annotate(
+                    "+".join(map(str, point.depths)),
+                    (point.layer_ratio, self.kept(point)),
+                    xytext=(4, 5 if above else -12),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color=colour,
+                )
+        axes.plot([1], [100], "*", color="black", markersize=12, label="teacher")
+        axes.set_xscale("log")
+        ticks = [ratio for ratio in (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12) if ratio <= 1.1 * max(p.layer_ratio for p in self.points)]
+        axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("layer ratio (labels: encoder+decoder layers)")
+        axes.set_ylabel(f"{self.metric}, % of the teacher")
+        axes.set_ylim(-3, 109)
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        figure.savefig(path)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table whose columns line up; the first `left` columns are aligned to the left, the rest to the right."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) if i < left else "-" * (width + 1) + ":" for i, width in enumerate(widths)) + "|"
+    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
