@@ -141,7 +141,8 @@ class ModularT5ForConditionalGeneration(_InitialisedAsT5, T5ForConditionalGenera
             if kwargs:
                 raise ValueError(f"{sorted(kwargs)} apply where a teacher is loaded; a model was given, so set them on it")
             if not isinstance(teacher, tuple(_TEACHERS.values())) or isinstance(teacher, cls):
-                raise ValueError(_not_a_teacher(type(teacher).__name__, teacher.config.model_type))
+                model_type = getattr(getattr(teacher, "config", None), "model_type", None)
+                raise ValueError(_not_a_teacher(type(teacher).__name__, model_type))
             owned = False
         else:
             hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
@@ -303,7 +304,7 @@ def _without(fields: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in names}
 
 
-def _not_a_teacher(name: str, model_type: str) -> str:
+def _not_a_teacher(name: str, model_type: str | None) -> str:
     reasons = {
         "umt5": "UMT5 has a relative position bias in every layer, which a module for several layers cannot stand in for",
         "modular_t5": "it is a bank already; load it with from_pretrained",

@@ -1,0 +1,81 @@
+"""The pico models that all tests share, their seeds, and the `--slow` switch."""
+
+import os
+
+import pytest
+import torch
+from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+
+# The test process never asks the Hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+VOCAB_SIZE = 61
+PICO = {"vocab_size": VOCAB_SIZE, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 4, "decoder_start_token_id": 0}
+
+# name -> (model class, configuration): every family of T5 that a bank can be built around
+TEACHERS = {
+    "v1.0": (T5ForConditionalGeneration, T5Config(**PICO, num_layers=6)),
+    "v1.1": (T5ForConditionalGeneration, T5Config(**PICO, num_layers=6, feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
+    "v1.1 tied": (T5ForConditionalGeneration, T5Config(**PICO, num_layers=6, feed_forward_proj="gated-gelu")),
+    "mt5": (MT5ForConditionalGeneration, MT5Config(**PICO, num_layers=6, tie_word_embeddings=False)),
+    "byt5": (
+        T5ForConditionalGeneration,
+        T5Config(**PICO, num_layers=6, num_decoder_layers=2, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    ),
+    "deep decoder": (T5ForConditionalGeneration, T5Config(**PICO, num_layers=2, num_decoder_layers=6)),
+}
+UNTIED = ("v1.1", "mt5", "byt5")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", default=os.environ.get("CI") == "true", help="run the slow tests too (on in CI)")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="slow: run with --slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def make_teacher(name: str = "v1.0", dtype: torch.dtype = torch.float32, **changes):
+    """A random teacher of a family; its head is a matrix of its own where the family's is."""
+    model_class, config = TEACHERS[name]
+    torch.manual_seed(1)
+    teacher = model_class(type(config).from_dict({**config.to_dict(), **changes}))
+    if name in UNTIED:
+        teacher.lm_head.weight = torch.nn.Parameter(torch.randn_like(teacher.lm_head.weight))
+        teacher.config.tie_word_embeddings = False
+    # Random T5s repeat one token; larger biases and a smaller head make position and depth matter.
+    with torch.no_grad():
+        for parameter_name, parameter in teacher.named_parameters():
+            if "relative_attention_bias" in parameter_name:
+                parameter.normal_(std=1.0)
+    return teacher.to(dtype).eval()
+
+
+@pytest.fixture(params=TEACHERS)
+def teacher(request):
+    return make_teacher(request.param)
+
+
+@pytest.fixture
+def inputs():
+    """A batch with padding on both sides: B 3, source 9, target 5."""
+    torch.manual_seed(2)
+    input_ids = torch.randint(2, VOCAB_SIZE, (3, 9))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 6:] = 0
+    attention_mask[2, 3:] = 0
+    input_ids[attention_mask == 0] = 0
+    decoder_input_ids = torch.randint(2, VOCAB_SIZE, (3, 5))
+    decoder_input_ids[:, 0] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": decoder_input_ids}

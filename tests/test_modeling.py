@@ -1,0 +1,570 @@
+"""The bank and what it assembles: the design's contracts 1, 2, 3, 6 and 7, over every family of T5."""
+
+import copy
+import json
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+from conftest import DTYPES, PICO, TEACHERS, UNTIED, make_teacher
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5Model,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+)
+from transformers.models.t5.modeling_t5 import T5Block, T5Stack
+
+from modular_t5 import AssemblyPlan, ModularT5Config, ModularT5ForConditionalGeneration
+from modular_t5.assembly_modular_t5 import tilings
+
+
+SIX_SIX_PLANS = [str(AssemblyPlan(*sides)) for sides in product(tilings(6, (2, 3, 6)), repeat=2)]
+TWELVE_TWELVE_PLANS = ["1x12/1x12", "1x6-2x3/4x3", "2x6/2x6", "1x12/4x3", "6x2/6x2", "3x2-2x3/1x1-1x3-4x2", "4x3/1x12", "2x3-6x1/6x1-3x2"]
+
+# every way of decoding: what it takes, and whether it writes a cache
+DECODING = {
+    "greedy": {},
+    "greedy without cache": {"use_cache": False},
+    "beam": {"num_beams": 3},
+    "beam without cache": {"num_beams": 3, "use_cache": False},
+    "sampled": {"do_sample": True},
+    "sampled without cache": {"do_sample": True, "use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "several sequences": {"num_beams": 4, "num_return_sequences": 2, "repetition_penalty": 1.3},
+}
+
+
+def make_bank(name="v1.0", dtype=torch.float32, granularities=None, **changes):
+    """A bank whose modules differ from the originals and from each other, as after training."""
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(name, dtype, **changes), granularities)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter_name, parameter in bank.named_parameters():
+            if ".bank." in parameter_name:
+                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+    return bank
+
+
+def spread_of_plans(bank):
+    return [*bank.shape.path("size-first"), *bank.shape.path("speed-first")[-2:]]
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def generated(model, inputs, **arguments):
+    torch.manual_seed(4)
+    arguments = {"max_new_tokens": 6, **arguments}
+    return model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **arguments)
+
+
+# -- contract 1: one mathematics ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_teacher_plan_is_the_teacher(name, dtype, inputs):
+    teacher = make_teacher(name, dtype)
+    bank = ModularT5ForConditionalGeneration.from_t5(teacher)
+    for model in (bank, bank.assemble("size-first", ratio=1)):
+        assert torch.equal(logits(model, inputs), logits(teacher, inputs))
+        for arguments in ({"use_cache": False}, {"use_cache": False, "num_beams": 3}):
+            assert torch.equal(generated(model, inputs, **arguments), generated(teacher, inputs, **arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_bank_and_what_it_assembles_agree_to_the_bit(name, dtype, inputs):
+    bank = make_bank(name, dtype)
+    seen = set()
+    for plan in spread_of_plans(bank):
+        assembled = bank.assemble(plan)
+        with bank.using(plan):
+            ours, theirs = logits(bank, inputs), logits(assembled, inputs)
+            assert torch.equal(ours, theirs)
+            assert torch.equal(generated(bank, inputs), generated(assembled, inputs))
+        seen.add(ours.float().numpy().tobytes())
+    assert len(seen) == len(set(map(str, spread_of_plans(bank))))  # the plans do differ
+
+
+def test_every_plan_of_six_and_six(inputs):
+    bank = make_bank()
+    assert len(SIX_SIX_PLANS) == 14 * 14
+    for plan in SIX_SIX_PLANS:
+        assembled = bank.assemble(plan, share_weights=True)
+        with bank.using(plan):
+            assert torch.equal(logits(bank, inputs), logits(assembled, inputs)), plan
+            ids = generated(bank, inputs)
+            assert torch.equal(ids, generated(assembled, inputs)), plan
+            assert torch.equal(ids, generated(bank, inputs, use_cache=False)), plan
+
+
+@pytest.mark.parametrize("plan", TWELVE_TWELVE_PLANS)
+def test_a_spread_of_plans_of_twelve_and_twelve(plan, inputs):
+    bank = make_bank(num_layers=12, num_decoder_layers=12)
+    assembled = bank.assemble(plan)
+    with bank.using(plan):
+        assert torch.equal(logits(bank, inputs), logits(assembled, inputs))
+        assert torch.equal(generated(bank, inputs), generated(assembled, inputs))
+
+
+@pytest.mark.parametrize("mode", DECODING)
+@pytest.mark.parametrize("plan", ["1x6/1x6", "1x2-2x2/3x2", "6x1/1x4-2x1", "2x3/6x1"])
+def test_generated_ids_in_every_decoding_mode(plan, mode, inputs):
+    bank = make_bank("v1.1")
+    assembled = bank.assemble(plan)
+    with bank.using(plan):
+        ours = generated(bank, inputs, **DECODING[mode])
+    assert torch.equal(ours, generated(assembled, inputs, **DECODING[mode]))
+    if "without cache" in mode:
+        cached = {**DECODING[mode], "use_cache": True}
+        assert torch.equal(ours, generated(assembled, inputs, **cached))
+
+
+def test_assisted_generation_with_an_assembled_assistant(inputs):
+    bank = make_bank()
+    one = {"input_ids": inputs["input_ids"][:1], "attention_mask": inputs["attention_mask"][:1]}
+    helped = generated(bank, one, assistant_model=bank.assemble("2x3/6x1"))
+    assert torch.equal(helped, generated(bank, one))
+
+
+def test_hidden_states_and_attentions_are_those_of_the_plan(inputs):
+    bank = make_bank()
+    bank.set_attn_implementation("eager")
+    for plan in ("1x6/1x6", "2x3/6x1", "1x4-2x1/3x2", "6x1/1x6"):  # one bank after another: hooks must follow the plan
+        assembled = bank.assemble(plan)
+        with bank.using(plan), torch.no_grad():
+            ours = bank(**inputs, output_hidden_states=True, output_attentions=True)
+            theirs = assembled(**inputs, output_hidden_states=True, output_attentions=True)
+        for field in ("encoder_hidden_states", "decoder_hidden_states", "encoder_attentions", "decoder_attentions", "cross_attentions"):
+            assert len(ours[field]) == len(theirs[field]) > 0
+            assert all(torch.equal(a, b) for a, b in zip(ours[field], theirs[field], strict=True))
+
+
+def test_a_module_reads_the_teachers_bias_wherever_it_comes_first(inputs):
+    bank = make_bank()
+    with bank.using("2x3/3x2"):
+        before = logits(bank, inputs)
+        bank.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.data.mul_(-2)
+        assert not torch.equal(logits(bank, inputs), before)
+        assert torch.equal(logits(bank, inputs), logits(bank.assemble(bank.plan), inputs))
+
+
+# -- contract 2: stock output ---------------------------------------------------------------------------------------------
+
+GENERATE_ELSEWHERE = """
+import json, sys
+sys.modules["modular_t5"] = None  # importing it raises ImportError
+import torch
+from transformers import AutoModelForSeq2SeqLM
+folder, inputs = sys.argv[1], json.loads(sys.argv[2])
+model, info = AutoModelForSeq2SeqLM.from_pretrained(folder, output_loading_info=True)
+assert not any(info.values()), info
+tensors = {name: torch.tensor(value) for name, value in inputs.items()}
+print(json.dumps([type(model).__name__, model.generate(**tensors, max_new_tokens=6).tolist()]))
+"""
+
+
+@pytest.mark.parametrize(("name", "plan"), [("v1.0", "1x2-2x2/3x2"), ("v1.1", "6x1/1x4-2x1"), ("mt5", "2x3/6x1")])
+def test_an_assembled_model_runs_where_the_package_is_not(name, plan, inputs, tmp_path):
+    assembled = make_bank(name).assemble(plan)
+    assembled.save_pretrained(tmp_path)
+    wanted = generated(assembled, inputs)
+    payload = json.dumps({key: inputs[key].tolist() for key in ("input_ids", "attention_mask")})
+    command = [sys.executable, "-c", GENERATE_ELSEWHERE, str(tmp_path), payload]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    class_name, ids = json.loads(done.stdout)
+    assert class_name == "T5ForConditionalGeneration"
+    assert ids == wanted.tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TEACHERS)
+def test_an_assembled_model_is_stock_and_saves_to_the_bit(name, dtype, inputs, tmp_path):
+    bank = make_bank(name, dtype)
+    for plan in spread_of_plans(bank):
+        assembled = bank.assemble(plan)
+        assert type(assembled) is T5ForConditionalGeneration
+        assert type(assembled.config) is T5Config
+        assert not assembled.training
+        assert (assembled.config.num_layers, assembled.config.num_decoder_layers) == plan.depths
+        assert {type(module).__module__ for module in assembled.modules()}.isdisjoint(
+            name for name in sys.modules if name.startswith("modular_t5")
+        )
+        assert not {"granularities", "plan", "auto_map"} & set(assembled.config.to_dict())
+        assembled.save_pretrained(tmp_path)
+        again, info = T5ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values())
+        assert again.dtype == dtype
+        assert torch.equal(logits(again, inputs), logits(assembled, inputs))
+        assert (again.lm_head.weight is again.shared.weight) == (name not in UNTIED)
+
+
+def test_untied_heads_survive_tie_weights_and_say_so_in_the_file(inputs, tmp_path):
+    bank = make_bank("v1.1")
+    for model in (bank, bank.assemble("2x3/2x3")):
+        before = logits(model, inputs)
+        model.tie_weights()
+        assert torch.equal(logits(model, inputs), before)
+        model.save_pretrained(tmp_path)
+        fields = json.loads((tmp_path / "config.json").read_text())
+        assert fields["tie_word_embeddings"] is False
+        assert fields["scale_decoder_outputs"] is False
+    assert make_bank("v1.1 tied").assemble("2x3/2x3").config.tie_word_embeddings is True
+
+
+def test_an_assembled_model_keeps_generation_settings_and_attention(inputs):
+    bank = make_bank()
+    bank.generation_config = GenerationConfig(max_new_tokens=3, num_beams=2, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    bank.set_attn_implementation("eager")
+    assembled = bank.assemble("2x3/2x3")
+    assert assembled.generation_config.num_beams == 2
+    assert assembled.generation_config is not bank.generation_config
+    assert assembled.config._attn_implementation == "eager"
+
+
+def test_an_assembled_model_trains(inputs):
+    assembled = make_bank().assemble("2x3/3x2").train()
+    assembled(input_ids=inputs["input_ids"], labels=inputs["decoder_input_ids"]).loss.backward()
+    assert all(parameter.grad is not None for parameter in assembled.parameters())
+
+
+# -- contract 3: assembling is renaming -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_parameter_map_names_the_source_of_every_tensor(name):
+    bank = make_bank(name)
+    ours = dict(bank.named_parameters(remove_duplicate=False))
+    for plan in spread_of_plans(bank):
+        assembled = dict(bank.assemble(plan).named_parameters(remove_duplicate=False))
+        mapping = bank.parameter_map(plan)
+        assert set(mapping) == set(assembled)
+        assert all(torch.equal(assembled[theirs], ours[mine]) for theirs, mine in mapping.items())
+        blocks = [mine for mine in mapping.values() if ".block." in mine or ".bank." in mine]
+        assert len(set(blocks)) == len(blocks)
+
+
+def test_an_assembled_model_owns_its_memory(inputs):
+    bank = make_bank()
+    before = {name: tensor.clone() for name, tensor in bank.state_dict().items()}
+    assembled = bank.assemble("1x2-2x2/3x2")
+    with torch.no_grad():
+        for parameter in assembled.parameters():
+            parameter.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bank.state_dict().items())
+
+
+def test_shared_weights_copy_nothing(inputs):
+    bank = make_bank()
+    pointers = {parameter.data_ptr() for parameter in bank.parameters()}
+    assembled = bank.assemble("1x2-2x2/3x2", share_weights=True)
+    assert {parameter.data_ptr() for parameter in assembled.parameters()} <= pointers
+    with torch.no_grad():
+        assembled.encoder.block[-1].layer[0].SelfAttention.q.weight.zero_()
+    assert not bank.encoder.bank["2"][2].layer[0].SelfAttention.q.weight.any()
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_reported_counts_are_the_real_ones(name):
+    bank = make_bank(name, torch.bfloat16)
+    for plan in spread_of_plans(bank):
+        report, assembled = bank.report(plan), bank.assemble(plan)
+        assert report.total_parameters == assembled.num_parameters()
+        assert report.bytes == sum(parameter.nbytes for parameter in assembled.parameters())
+
+
+# -- contract 6: never a copied forward -----------------------------------------------------------------------------------
+
+
+def test_every_forward_is_transformers_own():
+    bank = make_bank()
+    assert ModularT5ForConditionalGeneration.forward is T5ForConditionalGeneration.forward
+    assert ModularT5ForConditionalGeneration.generate is T5ForConditionalGeneration.generate
+    assert type(bank.encoder).forward is type(bank.decoder).forward is T5Stack.forward
+    blocks = [module for module in bank.modules() if isinstance(module, T5Block)]
+    assert {type(block) for block in blocks} == {T5Block}
+    assert len(blocks) == 12 + 2 * (3 + 2 + 1)
+
+
+# -- plans in place -------------------------------------------------------------------------------------------------------
+
+
+def test_set_plan_using_and_plan():
+    bank = make_bank()
+    assert str(bank.plan) == "1x6/1x6"
+    assert str(bank.set_plan("size-first", 2)) == "2x3/2x3" == str(bank.plan)
+    with bank.using("speed-first", ratio=1.9) as running:
+        assert running is bank
+        assert str(bank.plan) == "1x6/6x1"
+    assert str(bank.plan) == "2x3/2x3"
+    with pytest.raises(RuntimeError, match="inside"), bank.using("6x1/6x1"):
+        raise RuntimeError("inside")
+    assert str(bank.plan) == "2x3/2x3"
+
+
+def test_a_refused_plan_leaves_the_bank_as_it_was(inputs):
+    bank = make_bank()
+    bank.set_plan("2x3/3x2")
+    before = logits(bank, inputs)
+    for bad in ("4x3/2x3", "2x3/2x2", "nonsense", "2x3-"):
+        with pytest.raises(ValueError, match=r"granularity|covers|unknown strategy"):
+            bank.set_plan(bad)
+    assert str(bank.plan) == "2x3/3x2"
+    assert torch.equal(logits(bank, inputs), before)
+
+
+def test_a_copy_of_a_bank_is_independent(inputs):
+    bank = make_bank()
+    bank.set_plan("2x3/3x2")
+    twin = copy.deepcopy(bank)
+    before = logits(bank, inputs)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    twin.set_plan("1x6/6x1")
+    assert torch.equal(logits(bank, inputs), before)
+
+
+@pytest.mark.parametrize("plan", ["1x6/1x6", "2x3/6x1"])
+def test_gradients_reach_what_runs_and_nothing_else(plan, inputs):
+    bank = make_bank()
+    with bank.using(plan):
+        bank(input_ids=inputs["input_ids"], labels=inputs["decoder_input_ids"]).loss.backward()
+    running = {name for name in bank.parameter_map(plan).values() if bank.get_parameter(name).requires_grad}
+    assert {name for name, parameter in bank.named_parameters(remove_duplicate=False) if parameter.grad is not None} == running
+
+
+def test_gradient_checkpointing_changes_no_gradient(inputs):
+    gradients = []
+    for checkpointing in (False, True):
+        bank = make_bank(dropout_rate=0.0).train()
+        if checkpointing:
+            # transformers renamed it between 5.17 and 5.23
+            getattr(bank, "activation_checkpointing_enable", bank.gradient_checkpointing_enable)()
+        with bank.using("2x3/3x2"):
+            loss = bank(input_ids=inputs["input_ids"], labels=inputs["decoder_input_ids"]).loss
+        loss.backward()
+        gradients.append(bank.encoder.bank["2"][0].layer[0].SelfAttention.q.weight.grad)
+    assert gradients[0].any()
+    assert torch.equal(*gradients)
+
+
+# -- building -------------------------------------------------------------------------------------------------------------
+
+
+def test_from_t5_leaves_the_teacher_alone(teacher, inputs):
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    config = teacher.config.to_dict()
+    bank = ModularT5ForConditionalGeneration.from_t5(teacher)
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert teacher.config.to_dict() == config
+
+
+@pytest.mark.parametrize(
+    ("initialization", "offset"), [("first", {2: 0, 3: 0, 6: 0}), ("middle", {2: 1, 3: 1, 6: 3}), ("last", {2: 1, 3: 2, 6: 5})]
+)
+def test_modules_start_as_copies_of_a_layer_of_their_span(initialization, offset):
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(), initialization=initialization)
+    for side in (bank.encoder, bank.decoder):
+        for s in (2, 3, 6):
+            for j, module in enumerate(side.bank[str(s)]):
+                original = side.block[s * j + offset[s]]
+                assert all(torch.equal(tensor, original.state_dict()[name]) for name, tensor in module.state_dict().items())
+
+
+def test_from_a_folder_with_loading_arguments(tmp_path, inputs):
+    teacher = make_teacher("v1.1")
+    teacher.save_pretrained(tmp_path)
+    bank = ModularT5ForConditionalGeneration.from_t5(tmp_path, granularities={"encoder": (2, 3), "decoder": (6,)}, dtype=torch.bfloat16)
+    assert bank.dtype == torch.bfloat16
+    assert bank.config.granularities == {"encoder": [2, 3], "decoder": [6]}
+    assert torch.equal(logits(bank, inputs), logits(teacher.to(torch.bfloat16), inputs))
+
+
+def test_a_bank_from_a_configuration_is_initialised_as_a_t5_is():
+    stock = T5ForConditionalGeneration(T5Config(**PICO, num_layers=6))
+    bank = ModularT5ForConditionalGeneration(ModularT5Config(**PICO, num_layers=6))
+    reference = dict(stock.named_parameters())
+    for name, parameter in bank.named_parameters():
+        original = name if ".bank." not in name else f"{name.split('.')[0]}.block.1.{name.split('.', 4)[4]}"
+        assert parameter.std(correction=0).item() == pytest.approx(reference[original].std(correction=0).item(), rel=0.6, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: UMT5ForConditionalGeneration(UMT5Config(**PICO, num_layers=2)), "umt5.*relative position bias in every layer"),
+        (lambda: T5Model(T5Config(**PICO, num_layers=2)), "T5Model.*a teacher is a T5ForConditionalGeneration"),
+        (lambda: make_bank(), "it is a bank already; load it with from_pretrained"),
+        (lambda: torch.nn.Linear(2, 2), "Linear.*a teacher is a T5ForConditionalGeneration"),
+    ],
+)
+def test_what_is_no_teacher_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        ModularT5ForConditionalGeneration.from_t5(make())
+
+
+def test_a_folder_that_holds_no_teacher_is_refused(tmp_path):
+    UMT5ForConditionalGeneration(UMT5Config(**PICO, num_layers=2)).save_pretrained(tmp_path / "umt5")
+    make_bank().save_pretrained(tmp_path / "bank")
+    for folder, message in (("umt5", "bias in every layer"), ("bank", "a bank already")):
+        with pytest.raises(ValueError, match=message):
+            ModularT5ForConditionalGeneration.from_t5(tmp_path / folder)
+
+
+def test_wrong_arguments_of_from_t5():
+    teacher = make_teacher()
+    with pytest.raises(ValueError, match="granularity 4 does not divide the encoder's 6 layers"):
+        ModularT5ForConditionalGeneration.from_t5(teacher, (4,))
+    with pytest.raises(ValueError, match="'best'; choose one of first, middle, last"):
+        ModularT5ForConditionalGeneration.from_t5(teacher, initialization="best")
+    with pytest.raises(ValueError, match=r"\['dtype'\] apply where a teacher is loaded"):
+        ModularT5ForConditionalGeneration.from_t5(teacher, dtype=torch.bfloat16)
+
+
+# -- saving and loading ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_bank_saves_and_loads_to_the_bit(name, dtype, inputs, tmp_path):
+    bank = make_bank(name, dtype)
+    plan = bank.set_plan(bank.shape.path("size-first")[-1])
+    bank.save_pretrained(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    again = ModularT5ForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.plan == plan
+    assert again.dtype == dtype
+    assert again.config.granularities == bank.config.granularities
+    state = again.state_dict()
+    assert set(state) == set(bank.state_dict())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in bank.state_dict().items())
+    assert torch.equal(logits(again, inputs), logits(bank, inputs))
+    assert (again.lm_head.weight is again.shared.weight) == (name not in UNTIED)
+
+
+def test_the_auto_classes_give_the_same_class(tmp_path):
+    make_bank().save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is ModularT5Config
+    for auto in (AutoModel, AutoModelForSeq2SeqLM):
+        assert type(auto.from_pretrained(tmp_path)) is ModularT5ForConditionalGeneration
+        assert type(auto.from_config(AutoConfig.from_pretrained(tmp_path))) is ModularT5ForConditionalGeneration
+
+
+def test_a_sharded_bank_loads(tmp_path, inputs):
+    bank = make_bank()
+    bank.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert torch.equal(logits(ModularT5ForConditionalGeneration.from_pretrained(tmp_path), inputs), logits(bank, inputs))
+    bank.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+
+
+def test_a_plain_t5_loads_the_originals_out_of_a_bank(tmp_path, inputs):
+    teacher = make_teacher()
+    ModularT5ForConditionalGeneration.from_t5(teacher).save_pretrained(tmp_path)
+    config = T5Config(**{**teacher.config.to_dict(), "architectures": None})
+    again, info = T5ForConditionalGeneration.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(logits(again, inputs), logits(teacher, inputs))
+
+
+def tamper(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+MODULE = "decoder.bank.3.1.layer.1.EncDecAttention.q.weight"
+
+
+def test_a_missing_module_is_an_error_that_names_it(tmp_path):
+    make_bank().save_pretrained(tmp_path)
+    tamper(tmp_path, lambda tensors: tensors.pop(MODULE))
+    with pytest.raises(ValueError, match=MODULE.replace(".", r"\.")):
+        ModularT5ForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_misshaped_module_is_the_librarys_error(tmp_path):
+    make_bank().save_pretrained(tmp_path)
+    tamper(tmp_path, lambda tensors: tensors.update({MODULE: torch.zeros(3, 3)}))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        ModularT5ForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_truncated_file_is_the_librarys_error(tmp_path):
+    make_bank().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(Exception, match=r"incomplete metadata|not fully covered"):
+        ModularT5ForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_plain_t5_is_not_taken_for_a_bank(tmp_path):
+    make_teacher().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="from_t5"):
+        ModularT5ForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 10**6}, "num_layers must be an integer from 1 to 256"),
+        ({"d_model": 10**9}, "d_model must be an integer"),
+        ({"d_ff": -24}, "d_ff must be an integer"),
+        ({"num_heads": "many"}, "num_heads"),
+        ({"granularities": [4]}, "granularity 4 does not divide"),
+        ({"granularities": None}, "a bank needs modules|missing|lacks"),
+        ({"plan": {"encoder": [2, 2], "decoder": [6]}}, "covers 4 layers"),
+        ({"plan": "../../etc"}, "is not <span>x<count>|two sides"),
+    ],
+)
+def test_a_broken_config_file_is_refused(change, message, tmp_path):
+    make_bank(granularities=(2, 3)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(Exception, match=message) as caught:
+        ModularT5ForConditionalGeneration.from_pretrained(tmp_path)
+    assert isinstance(caught.value, ValueError) or type(caught.value).__module__.startswith(("huggingface_hub", "transformers"))
+
+
+def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    folder = tmp_path / "bank"
+    bank = make_bank()
+    bank.save_pretrained(folder)
+    (folder / "README.md").write_text("mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full_disk(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full_disk)
+    bank.set_plan("2x3/2x3")
+    with pytest.raises(OSError, match="No space left"):
+        bank.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bank"]
+
+
+def test_saving_over_a_file_is_refused(tmp_path):
+    (tmp_path / "bank").write_text("a file")
+    with pytest.raises(NotADirectoryError, match="give a folder"):
+        make_bank().save_pretrained(tmp_path / "bank")
+    assert (tmp_path / "bank").read_text() == "a file"
