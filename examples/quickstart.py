@@ -198,6 +198,7 @@ def training_arguments(args: QuickstartArguments, steps: int) -> dict[str, Any]:
         "logging_steps": max(1, steps // 10),
         "save_strategy": "no",
         "report_to": "none",
+        "disable_tqdm": False,
         "seed": args.seed,
     }
 

@@ -43,7 +43,7 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 _BANK_FIELDS = ("architectures", "auto_map", "decoder_layers", "granularities", "model_type", "plan", "transformers_version")
 
 
-class _InitialisedAsT5(PreTrainedModel):
+class _InitialisedAsT5:
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # Custom classes are taken to initialise their parameters themselves, which would leave T5's own blocks to nn.Linear's.
         super()._initialize_weights(module, False)
@@ -143,14 +143,12 @@ class ModularT5ForConditionalGeneration(_InitialisedAsT5, T5ForConditionalGenera
             if not isinstance(teacher, tuple(_TEACHERS.values())) or isinstance(teacher, cls):
                 model_type = getattr(getattr(teacher, "config", None), "model_type", None)
                 raise ValueError(_not_a_teacher(type(teacher).__name__, model_type))
-            owned = False
         else:
             hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
             model_type = AutoConfig.from_pretrained(teacher, **hub_arguments).model_type
             if model_type not in _TEACHERS:
                 raise ValueError(_not_a_teacher(str(teacher), model_type))
             teacher = _TEACHERS[model_type].from_pretrained(teacher, **kwargs)
-            owned = True
 
         fields = _without(teacher.config.to_dict(), _BANK_FIELDS)
         # mT5's code never scales and its configuration does not say so.
@@ -158,18 +156,15 @@ class ModularT5ForConditionalGeneration(_InitialisedAsT5, T5ForConditionalGenera
         config = ModularT5Config(**fields, granularities=granularities)
         config.name_or_path = teacher.config.name_or_path
 
-        sources, clones = {}, {}
-        for name, tensor in teacher.named_parameters(remove_duplicate=False):
-            if id(tensor) not in clones:
-                clones[id(tensor)] = tensor.detach() if owned else tensor.detach().clone()
-            sources[name] = clones[id(tensor)]
+        sources: dict[str, torch.Tensor] = dict(teacher.named_parameters(remove_duplicate=False))
         for side in SIDES:
             for s in config.granularities[side]:
                 for start in range(0, len(getattr(teacher, side).block), s):
-                    original = f"{side}.block.{start + INITIALIZATIONS[initialization](s)}."
-                    for name in [name for name in sources if name.startswith(original) and not _is_bias_table(name)]:
-                        module_name = f"{_block_name(side, start, s)}.{name.removeprefix(original)}"
-                        sources[module_name] = sources[name].clone()
+                    original = getattr(teacher, side).block[start + INITIALIZATIONS[initialization](s)]
+                    for name, parameter in original.named_parameters():
+                        if name != _BIAS_TABLE:
+                            # A tensor object of its own: the module is a copy of the layer, not tied to it.
+                            sources[f"{_block_name(side, start, s)}.{name}"] = parameter.detach()
         return _built(cls, config, sources, like=teacher)
 
     @classmethod
@@ -200,13 +195,16 @@ class ModularT5ForConditionalGeneration(_InitialisedAsT5, T5ForConditionalGenera
     @property
     def shape(self) -> BankShape:
         """The counts that choosing a plan works with, read off the parameters."""
-        blocks = {side: _count(getattr(self, side).block[0], but=_is_bias_table) for side in SIDES}
-        kept = {id(p): p for name, p in self.named_parameters() if not name.startswith(_BLOCK_PREFIXES) or _is_bias_table(name)}
+        stacks = {side: getattr(self, side) for side in SIDES}
+        tables = {side: stack.block[0].layer[0].SelfAttention.relative_attention_bias for side, stack in stacks.items()}
+        in_every_plan = [self.shared, self.lm_head, *tables.values(), *(stack.final_layer_norm for stack in stacks.values())]
+        # By identity: a tied head is the embeddings.
+        shared = {id(parameter): parameter for module in in_every_plan for parameter in module.parameters()}
         return BankShape(
-            num_layers={side: len(getattr(self, side).block) for side in SIDES},
+            num_layers={side: len(stack.block) for side, stack in stacks.items()},
             granularities={side: tuple(self.config.granularities[side]) for side in SIDES},
-            block_parameters=blocks,
-            shared_parameters=sum(p.numel() for p in kept.values()),
+            block_parameters={side: _count(stack.block[0]) - _count(tables[side]) for side, stack in stacks.items()},
+            shared_parameters=sum(parameter.numel() for parameter in shared.values()),
             bytes_per_parameter=self.dtype.itemsize,
         )
 
@@ -246,12 +244,12 @@ class ModularT5ForConditionalGeneration(_InitialisedAsT5, T5ForConditionalGenera
         plan = self.choose_plan(plan)
         mapping = {name: name for name, _ in self.named_parameters(remove_duplicate=False) if not name.startswith(_BLOCK_PREFIXES)}
         for side in SIDES:
-            table = next(name for name, _ in self.named_parameters() if name.startswith(f"{side}.") and _is_bias_table(name))
+            table = f"{side}.block.0.{_BIAS_TABLE}"
             mapping[table] = table
             for position, (start, span) in enumerate(plan.blocks(side)):
                 source = _block_name(side, start, span)
                 for name, _ in self.get_submodule(source).named_parameters():
-                    if not _is_bias_table(name):
+                    if name != _BIAS_TABLE:
                         mapping[f"{side}.block.{position}.{name}"] = f"{source}.{name}"
         return mapping
 
@@ -276,15 +274,11 @@ class ModularT5ForConditionalGeneration(_InitialisedAsT5, T5ForConditionalGenera
         config.name_or_path = self.config.name_or_path
 
         bank = dict(self.named_parameters(remove_duplicate=False))
-        sources, taken = {}, {}
-        for name, bank_name in self.parameter_map(plan).items():
-            tensor = bank[bank_name]
-            if id(tensor) not in taken:
-                taken[id(tensor)] = tensor.detach() if share_weights else tensor.detach().clone()
-            sources[name] = taken[id(tensor)]
-        return _built(T5ForConditionalGeneration, config, sources, like=self)
+        sources = {name: bank[bank_name] for name, bank_name in self.parameter_map(plan).items()}
+        return _built(T5ForConditionalGeneration, config, sources, like=self, share_weights=share_weights)
 
 
+_BIAS_TABLE = "layer.0.SelfAttention.relative_attention_bias.weight"  # in the first original layer of each side
 _BLOCK_PREFIXES = tuple(f"{side}.{kind}." for side in SIDES for kind in ("block", "bank"))
 
 
@@ -292,12 +286,8 @@ def _block_name(side: str, start: int, span: int) -> str:
     return f"{side}.block.{start}" if span == 1 else f"{side}.bank.{span}.{start // span}"
 
 
-def _is_bias_table(name: str) -> bool:
-    return name.endswith("relative_attention_bias.weight")
-
-
-def _count(module: nn.Module, but: Any) -> int:
-    return sum(p.numel() for name, p in module.named_parameters() if not but(name))
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _without(fields: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -313,8 +303,10 @@ def _not_a_teacher(name: str, model_type: str | None) -> str:
     return f"cannot build a bank from {name} (model type {model_type!r}): {reason}"
 
 
-def _built(model_class: type, config: T5Config, sources: Mapping[str, torch.Tensor], like: PreTrainedModel) -> Any:
-    """A model on these tensors, nothing copied; names that share a tensor share a parameter. The rest is taken from `like`."""
+def _built(
+    model_class: type, config: T5Config, sources: Mapping[str, torch.Tensor], *, like: PreTrainedModel, share_weights: bool = False
+) -> Any:
+    """A model on copies of these tensors, or on themselves; names with the same tensor share a parameter. The rest is as in `like`."""
     config._attn_implementation = like.config._attn_implementation
     config.dtype = like.dtype
     with torch.device("meta"):
@@ -322,8 +314,10 @@ def _built(model_class: type, config: T5Config, sources: Mapping[str, torch.Tens
     parameters: dict[int, nn.Parameter] = {}
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         tensor = sources[name]
+        if id(tensor) not in parameters:
+            parameters[id(tensor)] = nn.Parameter(tensor.detach() if share_weights else tensor.detach().clone())
         owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._parameters[leaf] = parameters.setdefault(id(tensor), nn.Parameter(tensor))
+        model.get_submodule(owner)._parameters[leaf] = parameters[id(tensor)]
     model.generation_config = copy.deepcopy(like.generation_config)
     _record_tie(model)
     return model.eval()

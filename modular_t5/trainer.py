@@ -158,7 +158,7 @@ class ModularTrainer(Seq2SeqTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, with the mean of every loss term since the last training log."""
         if "loss" in logs:
-            logs = {**logs, **{name: torch.stack(values).mean().item() for name, values in self._logged_terms.items()}}
+            logs.update({name: torch.stack(values).mean().item() for name, values in self._logged_terms.items()})
             self._logged_terms.clear()
         super().log(logs, *args, **kwargs)
 

