@@ -1,7 +1,7 @@
 """A T5 that carries a bank of modularized layers and runs any plan of original layers and modules.
 
-The bank's stacks are T5's own, and so are the forwards of stack, block and attention: a plan only decides which blocks the stack
-runs over. Names stay T5's for everything that a T5 has, so a plain T5 loads the original layers out of a bank; the modules are
+Stack, block and attention are T5's own, and so are their forwards: a plan only decides which blocks a stack runs over. Names stay
+T5's for everything that a T5 has, so a plain T5 loads the original layers out of a bank; the modules are
 `<side>.bank.<granularity>.<index>`.
 
 Source: "Modular Transformers: Compressing Transformers into Modularized Layers for Flexible Efficient Inference", Zhou, Le Bras,
@@ -43,14 +43,8 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 _BANK_FIELDS = ("architectures", "auto_map", "decoder_layers", "granularities", "model_type", "plan", "transformers_version")
 
 
-class _InitialisedAsT5:
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # Custom classes are taken to initialise their parameters themselves, which would leave T5's own blocks to nn.Linear's.
-        super()._initialize_weights(module, False)
-
-
 class PlannedBlocks(nn.ModuleList):
-    """Named, counted and indexed as the original layers, but *iterated* as the blocks that run, which is all that T5's stack does."""
+    """Named, counted and indexed as the original layers, but *iterated* as the blocks that run, which is all that a `T5Stack` does."""
 
     def __init__(self, originals: Iterable[T5Block]):
         super().__init__(originals)
@@ -59,40 +53,16 @@ class PlannedBlocks(nn.ModuleList):
     def __iter__(self) -> Iterator[T5Block]:
         return iter(self.running)
 
-
-class ModularT5Stack(_InitialisedAsT5, T5Stack):
-    """A `T5Stack` that runs over the blocks of a plan. Its original layers stay registered as `block`, the modules as `bank`."""
-
-    def __init__(self, config: T5Config, granularities: Sequence[int]):
-        super().__init__(config)
-        self.block = PlannedBlocks(self.block)
-        self.bank = nn.ModuleDict(
-            {str(s): nn.ModuleList(T5Block(config, layer_idx=j) for j in range(len(self.block) // s)) for s in granularities}
-        )
-        # Whichever block comes first computes the relative position bias, from the one table in original layer 0. Unregistered:
-        # the table has one name and is saved once.
-        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
-        for modules in self.bank.values():
-            attention = modules[0].layer[0].SelfAttention
-            attention.has_relative_attention_bias = True
-            attention.__dict__["relative_attention_bias"] = table
-        self.post_init()
-
-    def run_spans(self, spans: Sequence[int]) -> None:
-        """Run these spans from now on. They are taken to be legal."""
-        running, start = [], 0
-        for span in spans:
-            block = self.block[start] if span == 1 else self.bank[str(span)][start // span]
-            for sublayer in block.layer[:-1]:  # all but the feed-forward; `layer_idx` is the cache slot that attention writes
+    def run(self, blocks: Sequence[T5Block]) -> None:
+        """Iterate as these blocks from now on, and number the cache slots that their attention writes."""
+        for position, block in enumerate(blocks):
+            for sublayer in block.layer[:-1]:  # all but the feed-forward
                 attention = sublayer.EncDecAttention if hasattr(sublayer, "EncDecAttention") else sublayer.SelfAttention
-                attention.layer_idx = len(running)
-            running.append(block)
-            start += span
-        self.block.running = running
-        self.config.num_layers = len(running)
+                attention.layer_idx = position
+        self.running = list(blocks)
 
 
-class ModularT5ForConditionalGeneration(_InitialisedAsT5, T5ForConditionalGeneration):
+class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
     """A T5 with a module bank. It trains, generates, saves and loads as any T5, under whatever plan is set.
 
     `plan`, `set_plan` and `using` run a plan in place; `assemble` writes one out as a stock `T5ForConditionalGeneration`.
@@ -106,10 +76,17 @@ class ModularT5ForConditionalGeneration(_InitialisedAsT5, T5ForConditionalGenera
 
     def __init__(self, config: ModularT5Config):
         super().__init__(config)
-        self.encoder = ModularT5Stack(self.encoder.config, config.granularities["encoder"])
-        self.decoder = ModularT5Stack(self.decoder.config, config.granularities["decoder"])
+        for side in SIDES:
+            stack = getattr(self, side)
+            stack.block = PlannedBlocks(stack.block)
+            stack.bank = _module_bank(stack, config.granularities[side])
         self.set_plan(config.plan)
         self.post_init()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: every parameter is in one of transformers' own modules, which transformers then initialises as a T5's."""
+        return False
 
     # -- building ----------------------------------------------------------------------------------------------------------
 
@@ -119,7 +96,7 @@ class ModularT5ForConditionalGeneration(_InitialisedAsT5, T5ForConditionalGenera
         teacher: T5ForConditionalGeneration | MT5ForConditionalGeneration | str | os.PathLike,
         granularities: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
         *,
-        initialization: str = "last",
+        initialization: str = "first",
         **kwargs: Any,
     ) -> "ModularT5ForConditionalGeneration":
         """A bank around a fine-tuned T5: its layers as the originals, and modules that start as copies of them.
@@ -169,10 +146,13 @@ class ModularT5ForConditionalGeneration(_InitialisedAsT5, T5ForConditionalGenera
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`, and a `ValueError` if the checkpoint lacks a part of the bank."""
+        """As `PreTrainedModel.from_pretrained`, and a `ValueError` if the checkpoint lacks a part of the bank.
+
+        With `output_loading_info=True` what is missing is in the returned report instead.
+        """
         wants_info = kwargs.pop("output_loading_info", False)
         bank, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:
+        if info["missing_keys"] and not wants_info:
             missing = sorted(info["missing_keys"])
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of this bank, the first of them {missing[0]}. "
@@ -217,7 +197,10 @@ class ModularT5ForConditionalGeneration(_InitialisedAsT5, T5ForConditionalGenera
         """Run a plan from now on, given as in `assemble`; returns it. Nothing is copied."""
         plan = self.choose_plan(strategy, ratio)
         for side in SIDES:
-            getattr(self, side).run_spans(plan.spans(side))
+            stack = getattr(self, side)
+            blocks = [stack.block[start] if span == 1 else stack.bank[str(span)][start // span] for start, span in plan.blocks(side)]
+            stack.block.run(blocks)
+            stack.config.num_layers = len(blocks)
         self.config.plan = plan.to_dict()
         return plan
 
@@ -276,6 +259,20 @@ class ModularT5ForConditionalGeneration(_InitialisedAsT5, T5ForConditionalGenera
         bank = dict(self.named_parameters(remove_duplicate=False))
         sources = {name: bank[bank_name] for name, bank_name in self.parameter_map(plan).items()}
         return _built(T5ForConditionalGeneration, config, sources, like=self, share_weights=share_weights)
+
+
+def _module_bank(stack: T5Stack, granularities: Sequence[int]) -> nn.ModuleDict:
+    bank = nn.ModuleDict(
+        {str(s): nn.ModuleList(T5Block(stack.config, layer_idx=j) for j in range(len(stack.block) // s)) for s in granularities}
+    )
+    # Whichever block comes first computes the relative position bias, from the one table in original layer 0. Unregistered there:
+    # the table has one name and is saved once.
+    table = stack.block[0].layer[0].SelfAttention.relative_attention_bias
+    for modules in bank.values():
+        attention = modules[0].layer[0].SelfAttention
+        attention.has_relative_attention_bias = True
+        attention.__dict__["relative_attention_bias"] = table
+    return bank
 
 
 _BIAS_TABLE = "layer.0.SelfAttention.relative_attention_bias.weight"  # in the first original layer of each side
