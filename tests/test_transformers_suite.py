@@ -4,6 +4,7 @@ What a stock T5 passes, a bank must pass, under the teacher plan and under other
 generation; `test_modeling.py` covers every decoding mode instead.
 """
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -21,9 +22,14 @@ import unittest
 import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from modular_t5 import ModularT5Config, ModularT5ForConditionalGeneration
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor
+
+
+# The tests know a model with a head by the name of its class.
+MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES["modular_t5"] = ModularT5ForConditionalGeneration.__name__
 
 
 class Tester:
@@ -91,10 +97,10 @@ class UnequalDepth_Bank(TeacherPlan_Bank):
 # The common tests import these two, which the source release leaves out.
 LEFT_OUT = {"exporters/test_export.py": "class ExportTesterMixin: pass", "generation/test_utils.py": "class GenerationTesterMixin: pass"}
 
-# Tests that a stock T5 passes and a bank cannot, with the reason.
-EXPECTED = {
-    "test_encoder_decoder_loss_no_double_shift": "is skipped for every class that transformers itself does not list by name",
-}
+
+# Impossible for a bank: these want a gradient in every parameter, and the blocks outside the plan have none. test_modeling.py holds
+# that checkpointing changes no gradient.
+LEFT_ASIDE = "not test_training_gradient_checkpointing"
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +137,8 @@ def outcomes(tmp_path_factory):
         str(report),
         "test_bank.py",
     ]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads only get in each other's way on models this small
+    done = subprocess.run(command, cwd=root, env=one_thread, capture_output=True, text=True, check=False)
     assert report.exists(), done.stdout + done.stderr
     results: dict[str, dict[str, str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
@@ -147,4 +154,4 @@ def test_a_bank_passes_what_a_t5_of_its_depth_passes(plan, outcomes):
     assert len(stock) > 80, "the suite itself did not run"
     bank = outcomes[f"{plan}_Bank"]
     failed = {test: bank.get(test) for test in sorted(stock) if bank.get(test) != "passed"}
-    assert set(failed) == set(EXPECTED), failed
+    assert not failed
