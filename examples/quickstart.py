@@ -121,6 +121,9 @@ def main() -> None:
 
     say(f"Training the bank once, {args.max_steps} steps")
     trainer = train_bank(bank, tokenizer, splits, args)
+    for folder, model in (("bank", bank), ("assembled-2x", bank.assemble("size-first", ratio=min(2, bank.shape.largest_ratio)))):
+        model.save_pretrained(out / folder)
+        tokenizer.save_pretrained(out / folder)
     validation_loss = losses_by_plan(trainer, plans)
     print("Validation loss:", ", ".join(f"{name} {loss:.3f}" for name, loss in validation_loss.items()))
 
@@ -136,9 +139,6 @@ def main() -> None:
     ]
     frontier = Frontier(tuple(points), metric="BLEU" if args.teacher else "exact match")
 
-    for folder, model in (("bank", bank), ("assembled-2x", bank.assemble("size-first", ratio=2))):
-        model.save_pretrained(out / folder)
-        tokenizer.save_pretrained(out / folder)
     frontier.plot(out / "frontier.png", title="One training, every size")
     seconds = time.perf_counter() - started
     frontier.save(
@@ -199,6 +199,7 @@ def training_arguments(args: QuickstartArguments, steps: int) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": args.seed,
     }
 

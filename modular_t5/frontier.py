@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import os
 import platform
 import shlex
@@ -141,12 +142,16 @@ class Frontier:
         return self.points[0]
 
     def kept(self, point: FrontierPoint) -> float:
-        """Per cent of the teacher's score that a size keeps."""
-        return 100 * point.scores[self.metric] / self.teacher.scores[self.metric]
+        """Per cent of the teacher's score that a size keeps; not a number where the teacher scores nothing."""
+        return self._of_teacher(point.scores)
 
     def speedup(self, point: FrontierPoint) -> float:
         """Tokens a second, relative to the teacher's."""
         return point.tokens_per_second / self.teacher.tokens_per_second
+
+    def _of_teacher(self, scores: dict[str, float]) -> float:
+        whole = self.teacher.scores[self.metric]
+        return 100 * scores[self.metric] / whole if whole else math.nan
 
     def table(self) -> str:
         """A Markdown table, aligned for reading as plain text."""
@@ -173,7 +178,7 @@ class Frontier:
                 f"{point.parameters:,}",
                 f"{point.bytes / 1e6:.2f}",
                 *(f"{point.scores[metric]:.1f}" for metric in metrics),
-                f"{self.kept(point):.1f} %",
+                "n/a" if math.isnan(self.kept(point)) else f"{self.kept(point):.1f} %",
                 f"{point.tokens_per_second:,.0f}",
                 f"{self.speedup(point):.2f}x",
                 f"{point.untrained_scores[self.metric]:.1f}",
@@ -184,7 +189,10 @@ class Frontier:
 
     def save(self, path: str | os.PathLike, **provenance: Any) -> None:
         """Write every figure, and where it comes from, as JSON."""
-        points = [{**asdict(point), "kept_percent": self.kept(point), "speedup": self.speedup(point)} for point in self.points]
+        points = []
+        for point in self.points:
+            kept = None if math.isnan(self.kept(point)) else self.kept(point)  # JSON has no NaN
+            points.append({**asdict(point), "kept_percent": kept, "speedup": self.speedup(point)})
         with open(path, "w", encoding="utf-8") as file:
             json.dump({**provenance, "metric": self.metric, "points": points}, file, indent=2, ensure_ascii=False)
             file.write("\n")
@@ -205,7 +213,7 @@ class Frontier:
         for strategy, colour in zip(dict.fromkeys(point.name.split()[0] for point in sizes), ("C0", "C1", "C2", "C4"), strict=False):
             line = [self.teacher, *(point for point in sizes if point.name.split()[0] == strategy)]
             axes.plot([p.layer_ratio for p in line], [self.kept(p) for p in line], "o-", color=colour, label=strategy)
-            untrained = [100 * p.untrained_scores[self.metric] / self.teacher.scores[self.metric] for p in line]
+            untrained = [self._of_teacher(point.untrained_scores) for point in line]
             axes.plot([p.layer_ratio for p in line], untrained, "x:", color=colour, alpha=0.6, label=f"{strategy}, untrained layer drop")
             above = strategy == sizes[0].name.split()[0]
             for point in line[1:]:

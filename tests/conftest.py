@@ -4,7 +4,8 @@ import os
 
 import pytest
 import torch
-from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import MT5Config, MT5ForConditionalGeneration, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 
 # The test process never asks the Hub.
@@ -60,6 +61,19 @@ def make_teacher(name: str = "v1.0", dtype: torch.dtype = torch.float32, **chang
             if "relative_attention_bias" in parameter_name:
                 parameter.normal_(std=1.0)
     return teacher.to(dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def pico_tokenizer(tmp_path_factory):
+    """A folder with a tokenizer for small texts, with T5's special tokens."""
+    alphabet = " abcdefghijklmnopqrstuvwxyzäöüßABCDEFGHIJKLMNOPQRSTUVWXYZ,-:"
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((character, -3.0) for character in alphabet[1:])]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(params=TEACHERS)

@@ -1,0 +1,93 @@
+"""The quickstart, from the command line as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_teacher
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, HfArgumentParser, T5ForConditionalGeneration
+
+import modular_t5
+
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import written_numbers  # noqa: E402
+
+
+def quickstart(folder, *arguments):
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--output_dir", str(folder / "out"), *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def check_output(folder, done, sizes):
+    assert done.returncode == 0, done.stderr
+    out = folder / "out"
+    assert (out / "frontier.png").stat().st_size > 10_000
+    results = json.loads((out / "results.json").read_text())
+    assert len(results["points"]) == sizes + 1
+    assert done.stdout.count("| size-first") + done.stdout.count("| speed-first") == sizes
+    bank = AutoModelForSeq2SeqLM.from_pretrained(out / "bank")
+    assert type(bank) is modular_t5.ModularT5ForConditionalGeneration
+    assert type(T5ForConditionalGeneration.from_pretrained(out / "assembled-2x")) is T5ForConditionalGeneration
+    # What it prints to type next, typed.
+    typed = done.stdout.split("What to type next:")[1]
+    ran = subprocess.run(
+        [sys.executable, "-c", "\n".join(line.strip() for line in typed.splitlines())],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return results
+
+
+def test_the_built_in_task_is_reproducible_disjoint_and_readable():
+    splits = written_numbers.make_splits(train=200, validation=20, test=20, seed=3)
+    assert splits == written_numbers.make_splits(train=200, validation=20, test=20, seed=3)
+    sources = [example["translation"]["en"] for split in splits.values() for example in split]
+    assert len(set(sources)) == len(sources) == 240
+    wanted = {"en": "fifty-three thousand and seventy-seven trees", "de": "dreiundfünfzigtausendsiebenundsiebzig Bäume"}
+    rng = type("Rng", (), {"randint": lambda *_: 5, "randrange": lambda self, *bounds: 53_077 if len(bounds) == 2 else 4})()
+    assert written_numbers._amount(rng) == wanted
+
+
+def test_on_a_teacher_and_files_of_ones_own(tmp_path, pico_tokenizer):
+    AutoTokenizer.from_pretrained(pico_tokenizer).save_pretrained(tmp_path / "teacher")
+    make_teacher("v1.1", vocab_size=len(AutoTokenizer.from_pretrained(pico_tokenizer))).save_pretrained(tmp_path / "teacher")
+    for name, examples in written_numbers.make_splits(train=60, validation=8, test=8).items():
+        lines = [json.dumps({"translation": {"fr": e["translation"]["en"], "nl": e["translation"]["de"]}}) for e in examples]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    files = [argument for name in ("train", "validation", "test") for argument in (f"--{name}_file", tmp_path / f"{name}.jsonl")]
+    languages = ["--source_lang", "fr", "--target_lang", "nl", "--source_prefix", "translate: "]
+    done = quickstart(tmp_path, "--teacher", tmp_path / "teacher", *files, *languages, "--max_steps", 3, "--max_target_length", 8)
+    results = check_output(tmp_path, done, sizes=10)
+    assert results["metric"] == "BLEU"
+    assert results["test_examples"] == 8
+
+
+@pytest.mark.slow
+def test_with_nothing_but_the_package(tmp_path):
+    done = quickstart(tmp_path, "--max_steps", 20, "--teacher_steps", 20)
+    results = check_output(tmp_path, done, sizes=10)
+    assert results["metric"] == "exact match"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--teacher", "x"], "a --teacher needs data"),
+        (["--train_file", "x"], "go together"),
+        (["--dataset_name", "x", "--train_file", "y"], "not both"),
+        (["--dataset_name", "x"], "data needs a --teacher"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, message):
+    import quickstart as module
+
+    with pytest.raises(ValueError, match=message):
+        HfArgumentParser(module.QuickstartArguments).parse_args_into_dataclasses(arguments)
