@@ -241,7 +241,6 @@ def train_bank(
         ),
         train_dataset=tokenized(splits["train"], tokenizer, args),
         eval_dataset=tokenized(splits["validation"], tokenizer, args),
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=bank),
         processing_class=tokenizer,
     )
     trainer.train()

@@ -301,10 +301,16 @@ def _not_a_teacher(name: str, model_type: str | None) -> str:
 
 
 def _built(
-    model_class: type, config: T5Config, sources: Mapping[str, torch.Tensor], *, like: PreTrainedModel, share_weights: bool = False
+    model_class: type,
+    config: T5Config,
+    sources: Mapping[str, torch.Tensor],
+    *,
+    like: T5ForConditionalGeneration,
+    share_weights: bool = False,
 ) -> Any:
     """A model on copies of these tensors, or on themselves; names with the same tensor share a parameter. The rest is as in `like`."""
-    config._attn_implementation = like.config._attn_implementation
+    # The stacks' own, for older transformers do not carry a later change of the model's to them.
+    config._attn_implementation = like.encoder.config._attn_implementation
     config.dtype = like.dtype
     with torch.device("meta"):
         model = model_class(config)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan
@@ -65,7 +65,8 @@ class ModularTrainer(Seq2SeqTrainer):
     Args:
         model: a `ModularT5ForConditionalGeneration`. The parameters outside its modules are set not to require gradients.
         args: `ModularTrainingArguments`.
-        kwargs: those of `Seq2SeqTrainer`.
+        kwargs: those of `Seq2SeqTrainer`. With a tokenizer as `processing_class` and no `data_collator`, batches are padded by
+            `DataCollatorForSeq2Seq`.
 
     Raises:
         ValueError: the model is not a bank, or the arguments are not `ModularTrainingArguments`.
@@ -82,6 +83,8 @@ class ModularTrainer(Seq2SeqTrainer):
         model.requires_grad_(False)
         for module in _modules(model):
             module.requires_grad_(True)
+        if kwargs.get("data_collator") is None and isinstance(kwargs.get("processing_class"), PreTrainedTokenizerBase):
+            kwargs["data_collator"] = DataCollatorForSeq2Seq(kwargs["processing_class"], model=model)
         super().__init__(model=model, args=args, **kwargs)
         self._shape = model.shape
         self._logged_terms: dict[str, list[torch.Tensor]] = {}

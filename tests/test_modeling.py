@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+import transformers
 from conftest import DTYPES, PICO, TEACHERS, UNTIED, make_teacher
 from transformers import (
     AutoConfig,
@@ -132,15 +133,20 @@ def test_generated_ids_in_every_decoding_mode(plan, mode, inputs):
 
 
 def test_assisted_generation_with_an_assembled_assistant(inputs):
-    bank = make_bank()
     one = {"input_ids": inputs["input_ids"][:1], "attention_mask": inputs["attention_mask"][:1]}
+    try:
+        generated(make_teacher(), one, assistant_model=make_teacher())
+    except TypeError as error:
+        pytest.skip(f"transformers {transformers.__version__} cannot assist any T5: {error}")
+    bank = make_bank()
     helped = generated(bank, one, assistant_model=bank.assemble("2x3/6x1"))
     assert torch.equal(helped, generated(bank, one))
 
 
 def test_hidden_states_and_attentions_are_those_of_the_plan(inputs):
     bank = make_bank()
-    bank.set_attn_implementation("eager")
+    for config in (bank.config, bank.encoder.config, bank.decoder.config):  # set_attn_implementation misses the stacks in 5.17
+        config._attn_implementation = "eager"
     for plan in ("1x6/1x6", "2x3/6x1", "1x4-2x1/3x2", "6x1/1x6"):  # one bank after another: hooks must follow the plan
         assembled = bank.assemble(plan)
         with bank.using(plan), torch.no_grad():
@@ -227,7 +233,7 @@ def test_untied_heads_survive_tie_weights_and_say_so_in_the_file(inputs, tmp_pat
 def test_an_assembled_model_keeps_generation_settings_and_attention(inputs):
     bank = make_bank()
     bank.generation_config = GenerationConfig(max_new_tokens=3, num_beams=2, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
-    bank.set_attn_implementation("eager")
+    bank.encoder.config._attn_implementation = "eager"
     assembled = bank.assemble("2x3/2x3")
     assert assembled.generation_config.num_beams == 2
     assert assembled.generation_config is not bank.generation_config

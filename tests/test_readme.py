@@ -1,0 +1,79 @@
+"""The README's code runs and its commands are the ones that CI runs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import make_teacher
+from datasets import Dataset
+from transformers import AutoTokenizer, T5ForConditionalGeneration
+
+import modular_t5
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_ten_lines_run(tmp_path, monkeypatch, pico_tokenizer):
+    (code,) = blocks("python")
+    tokenizer = AutoTokenizer.from_pretrained(pico_tokenizer)
+    folder = tmp_path / "google-t5" / "t5-base"
+    make_teacher(vocab_size=len(tokenizer), num_layers=12, num_decoder_layers=12).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    texts = ["one tree", "two trees and a book", "three"]
+    train_dataset = Dataset.from_dict({"input_ids": tokenizer(texts).input_ids, "labels": tokenizer(texts[::-1]).input_ids})
+    assert "max_steps=10_000" in code
+    quick = "max_steps=2, report_to='none', disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False"
+    names = {"train_dataset": train_dataset}
+    exec(compile(code.replace("max_steps=10_000", quick), "README.md", "exec"), names)
+    assert type(names["fast"]) is type(names["small"]) is T5ForConditionalGeneration
+    assert (tmp_path / "bank" / "model.safetensors").exists()
+    again = T5ForConditionalGeneration.from_pretrained(tmp_path / "small")
+    assert again.num_parameters() == names["small"].num_parameters()
+
+
+@pytest.mark.parametrize("call", re.findall(r"^\| `(bank\..*?)`", README, re.MULTILINE))
+def test_the_calls_of_the_table_of_sizes_work(call):
+    bank = modular_t5.ModularT5ForConditionalGeneration.from_t5(make_teacher(num_layers=12, num_decoder_layers=12))
+    eval(call.replace("...", "'size-first', 2"), {"bank": bank, "plan": "2x6/2x6"})
+
+
+def test_ci_runs_the_readmes_test_command():
+    first, second = (block.strip() for block in blocks("bash")[:2])
+    assert first.endswith("python examples/quickstart.py")
+    assert (ROOT / ".ci" / "run").read_text().strip().splitlines()[-1] == second
+
+
+def test_the_table_of_training_arguments_is_true():
+    defaults = {name: value.default for name, value in modular_t5.ModularTrainingArguments.__dataclass_fields__.items()}
+    for row in re.findall(r"^\| (`replacing_rate`|`curriculum`|`task_weight`.*?|`temperature`) \| (.*?) \|", README, re.MULTILINE):
+        for name in re.findall(r"`(\w+)`", row[0]):
+            assert str(defaults[name]).removesuffix(".0") == row[1].strip("`"), name
+
+
+def test_the_file_tree_is_the_tree():
+    tree = next(block for block in blocks("") if "modular_t5/" in block)
+    named = {folder: set() for folder in ("modular_t5", "examples", "benchmarks")}
+    for line in tree.splitlines():
+        if not line.startswith(" "):
+            folder = line.split("/")[0]
+        elif folder in named and (match := re.match(r"  (\w+\.py)", line)):
+            named[folder].add(match[1])
+    for folder, files in named.items():
+        assert files == {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+
+
+def test_figures_come_from_result_files_that_exist():
+    linked = re.findall(r"\]\((benchmarks/results/[^)]+)\)", README)
+    assert linked
+    for name in linked:
+        assert (ROOT / name).exists(), name
+        if name.endswith(".json"):
+            assert {"command", "date", "hardware", "versions"} <= set(json.loads((ROOT / name).read_text()))
