@@ -51,21 +51,12 @@ class ModularT5Config(T5Config):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
                 raise ValueError(f"{name} must be an integer from 1 to {largest}, got {value!r}")
-        size_decoder_cache(self)
         layers = {"encoder": self.num_layers, "decoder": self.num_decoder_layers}
         self.granularities = _normalised_granularities(self.granularities, layers)
         plan = teacher_plan(layers) if self.plan is None else AssemblyPlan.from_any(self.plan)
         self.plan = checked_plan(plan, layers, self.granularities).to_dict()
-
-
-def size_decoder_cache(config: T5Config) -> None:
-    """Make `generate` of a T5 whose decoder is deeper than its encoder size its cache by the decoder.
-
-    transformers (seen in 5.17 to 5.23) makes one cache slot an encoder layer, and any T5 with more decoder layers stops with
-    "list index out of range". `decoder_layers`, a plain field, is what its generation code reads first.
-    """
-    if config.num_decoder_layers > config.num_layers:
-        config.decoder_layers = config.num_decoder_layers
+        # Read by transformers' generation as the number of cache slots, in place of the encoder's depth: see `assemble`.
+        self.decoder_layers = len(self.plan["decoder"])
 
 
 def _normalised_granularities(given: Any, layers: Mapping[str, int]) -> dict[str, list[int]]:

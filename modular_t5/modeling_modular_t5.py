@@ -19,14 +19,13 @@ from torch import nn
 from transformers import (
     AutoConfig,
     MT5ForConditionalGeneration,
-    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
 from transformers.models.t5.modeling_t5 import T5Block, T5Stack
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape, PlanLike, PlanReport, resolve_plan
-from .configuration_modular_t5 import ModularT5Config, size_decoder_cache
+from .configuration_modular_t5 import ModularT5Config
 from .storage_modular_t5 import staged_folder
 
 
@@ -202,6 +201,7 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
             stack.block.run(blocks)
             stack.config.num_layers = len(blocks)
         self.config.plan = plan.to_dict()
+        self.config.decoder_layers = len(plan.decoder)
         return plan
 
     @contextmanager
@@ -252,7 +252,10 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         plan = self.choose_plan(strategy, ratio)
         config = T5Config(**_without(self.config.to_dict(), _BANK_FIELDS))
         config.num_layers, config.num_decoder_layers = plan.depths
-        size_decoder_cache(config)
+        if config.num_decoder_layers != config.num_layers:
+            # `generate` makes one cache slot an encoder layer (transformers 5.17 to 5.23), which for a deeper decoder ends in an
+            # IndexError and for a shallower one wastes memory, unless the configuration has this field.
+            config.decoder_layers = config.num_decoder_layers
         config.architectures = [T5ForConditionalGeneration.__name__]
         config.name_or_path = self.config.name_or_path
 

@@ -1,6 +1,7 @@
 """Writing a bank's folder so that a save that fails leaves what was there before."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -8,12 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
 @contextmanager
 def staged_folder(directory: str | os.PathLike) -> Iterator[Path]:
     """A fresh folder to write into, whose files move into `directory` when the block ends without an error.
 
     After an error nothing in `directory` has changed. Files of `directory` that the block does not write stay, but for the weights
-    of an earlier save, which the new ones replace. A process killed while the files move may leave a mixture.
+    of an earlier save, which new ones replace. A process killed while the files move may leave a mixture.
 
     Raises:
         NotADirectoryError: `directory` is a file.
@@ -21,19 +25,22 @@ def staged_folder(directory: str | os.PathLike) -> Iterator[Path]:
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; give a folder to save into")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the folder, so that moving is renaming within one file system.
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.saving-", dir=directory.parent))
+    created = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    # Inside the folder, for what is beside it may be read-only or on another disk, where moving is not renaming.
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
     try:
         yield staging
-        directory.mkdir(exist_ok=True)
-        written = sorted(path for path in staging.iterdir())
-        for path in written:
-            os.replace(path, directory / path.name)
-        names = {path.name for path in written}
-        if any(name.startswith("model") and ".safetensors" in name for name in names):
-            for stale in directory.glob("model*.safetensors*"):
-                if stale.name not in names:
-                    stale.unlink()
+        written = {path.name for path in staging.iterdir()}
+        for name in sorted(written):
+            os.replace(staging / name, directory / name)
+        if any(_WEIGHTS.fullmatch(name) for name in written):
+            for path in directory.iterdir():
+                if _WEIGHTS.fullmatch(path.name) and path.name not in written:
+                    path.unlink()
+    except BaseException:
+        if created:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -8,7 +8,6 @@ from itertools import product
 
 import pytest
 import torch
-import transformers
 from conftest import DTYPES, PICO, TEACHERS, UNTIED, make_teacher
 from transformers import (
     AutoConfig,
@@ -134,13 +133,19 @@ def test_generated_ids_in_every_decoding_mode(plan, mode, inputs):
 
 def test_assisted_generation_with_an_assembled_assistant(inputs):
     one = {"input_ids": inputs["input_ids"][:1], "attention_mask": inputs["attention_mask"][:1]}
-    try:
-        generated(make_teacher(), one, assistant_model=make_teacher())
-    except TypeError as error:
-        pytest.skip(f"transformers {transformers.__version__} cannot assist any T5: {error}")
     bank = make_bank()
     helped = generated(bank, one, assistant_model=bank.assemble("2x3/6x1"))
     assert torch.equal(helped, generated(bank, one))
+
+
+@pytest.mark.parametrize("plan", ["2x3/6x1", "6x1/1x6", "2x3/2x3"])
+def test_a_cache_has_a_slot_for_every_running_decoder_layer(plan, inputs):
+    bank = make_bank()
+    assembled = bank.assemble(plan)
+    with bank.using(plan):
+        for model in (bank, assembled):
+            cache = generated(model, inputs, return_dict_in_generate=True).past_key_values
+            assert len(cache.self_attention_cache.layers) == len(cache.cross_attention_cache.layers) == bank.plan.depths[1]
 
 
 def test_hidden_states_and_attentions_are_those_of_the_plan(inputs):
@@ -477,8 +482,9 @@ def test_a_sharded_bank_loads(tmp_path, inputs):
     bank.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     assert torch.equal(logits(ModularT5ForConditionalGeneration.from_pretrained(tmp_path), inputs), logits(bank, inputs))
+    (tmp_path / "model_card.safetensors").write_text("of another kind")
     bank.save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+    assert {path.name for path in tmp_path.glob("model*")} == {"model.safetensors", "model_card.safetensors"}
 
 
 def test_a_plain_t5_loads_the_originals_out_of_a_bank(tmp_path, inputs):
@@ -566,6 +572,8 @@ def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         bank.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with pytest.raises(OSError, match="No space left"):
+        bank.save_pretrained(tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["bank"]
 
 
