@@ -28,6 +28,7 @@ from modular_t5.modeling_modular_t5 import INITIALIZATIONS
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--initializations", nargs="+", choices=INITIALIZATIONS, default=list(INITIALIZATIONS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, required=True, help="the result file")
     own, rest = parser.parse_known_args()
@@ -39,7 +40,7 @@ def main() -> None:
 
     runs = []
     for seed in own.seeds:
-        for initialization in INITIALIZATIONS:
+        for initialization in own.initializations:
             args.seed = seed
             set_seed(seed)
             bank = ModularT5ForConditionalGeneration.from_t5(teacher, initialization=initialization)
@@ -54,7 +55,7 @@ def main() -> None:
     own.output.write_text(json.dumps({**environment(), "steps": own.steps, "finished": True, "runs": runs}, indent=2) + "\n")
 
     rows = []
-    for initialization in INITIALIZATIONS:
+    for initialization in own.initializations:
         mine = [run for run in runs if run["initialization"] == initialization]
         rows.append([initialization, *(f"{mean(mean(run[when].values()) for run in mine):.3f}" for when in ("before", "after"))])
     print(markdown_table(["initialization", "loss before", "loss after"], rows))

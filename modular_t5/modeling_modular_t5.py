@@ -29,12 +29,13 @@ from .configuration_modular_t5 import ModularT5Config
 from .storage_modular_t5 import staged_folder
 
 
-# Which layer of its span a module starts as a copy of: span -> offset from the span's first layer. Measured in
-# benchmarks/initialization.py.
+# Which layer of its span a module starts as a copy of: (first layer of the span, span) -> offset in the span. The layer that reads
+# the embeddings is unlike all others, so a module at the bottom had better be it. Measured in benchmarks/initialization.py.
 INITIALIZATIONS = {
-    "first": lambda span: 0,
-    "middle": lambda span: span // 2,
-    "last": lambda span: span - 1,
+    "first": lambda start, span: 0,
+    "middle": lambda start, span: span // 2,
+    "last": lambda start, span: span - 1,
+    "bottom-first": lambda start, span: 0 if start == 0 else span - 1,
 }
 
 _TEACHERS = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}
@@ -105,7 +106,8 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
                 untouched and shares no memory with the bank.
             granularities: of both sides, or `{"encoder": ..., "decoder": ...}`; by default those of 2, 3, 4, 6 that divide a
                 side's number of layers.
-            initialization: which layer of its span a module starts as: `"first"`, `"middle"` or `"last"`.
+            initialization: which layer of its span a module starts as: `"first"`, `"middle"`, `"last"`, or `"bottom-first"`: the
+                first at the bottom of a stack, else the last.
             kwargs: for the teacher's `from_pretrained` (`dtype`, `revision`, `token`, ...), where it is a folder or Hub id.
 
         Raises:
@@ -136,7 +138,7 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         for side in SIDES:
             for s in config.granularities[side]:
                 for start in range(0, len(getattr(teacher, side).block), s):
-                    original = getattr(teacher, side).block[start + INITIALIZATIONS[initialization](s)]
+                    original = getattr(teacher, side).block[start + INITIALIZATIONS[initialization](start, s)]
                     for name, parameter in original.named_parameters():
                         if name != _BIAS_TABLE:
                             # A tensor object of its own: the module is a copy of the layer, not tied to it.

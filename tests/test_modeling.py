@@ -387,15 +387,20 @@ def test_from_t5_leaves_the_teacher_alone(teacher, inputs):
 
 
 @pytest.mark.parametrize(
-    ("initialization", "offset"), [("first", {2: 0, 3: 0, 6: 0}), ("middle", {2: 1, 3: 1, 6: 3}), ("last", {2: 1, 3: 2, 6: 5})]
+    ("initialization", "offset"),
+    [
+        ("first", lambda j, s: 0),
+        ("middle", lambda j, s: {2: 1, 3: 1, 6: 3}[s]),
+        ("last", lambda j, s: s - 1),
+        ("bottom-first", lambda j, s: s - 1 if j else 0),
+    ],
 )
 def test_modules_start_as_copies_of_a_layer_of_their_span(initialization, offset):
     bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(), initialization=initialization)
-    for side in (bank.encoder, bank.decoder):
-        for s in (2, 3, 6):
-            for j, module in enumerate(side.bank[str(s)]):
-                original = side.block[s * j + offset[s]]
-                assert all(torch.equal(tensor, original.state_dict()[name]) for name, tensor in module.state_dict().items())
+    for side, s in product((bank.encoder, bank.decoder), (2, 3, 6)):
+        for j, module in enumerate(side.bank[str(s)]):
+            original = side.block[s * j + offset(j, s)].state_dict()
+            assert all(torch.equal(tensor, original[name]) for name, tensor in module.state_dict().items())
 
 
 def test_from_a_folder_with_loading_arguments(tmp_path, inputs):
@@ -442,7 +447,7 @@ def test_wrong_arguments_of_from_t5():
     teacher = make_teacher()
     with pytest.raises(ValueError, match="granularity 4 does not divide the encoder's 6 layers"):
         ModularT5ForConditionalGeneration.from_t5(teacher, (4,))
-    with pytest.raises(ValueError, match="'best'; choose one of first, middle, last"):
+    with pytest.raises(ValueError, match="'best'; choose one of first, middle, last, bottom-first"):
         ModularT5ForConditionalGeneration.from_t5(teacher, initialization="best")
     with pytest.raises(ValueError, match=r"\['dtype'\] apply where a teacher is loaded"):
         ModularT5ForConditionalGeneration.from_t5(teacher, dtype=torch.bfloat16)
