@@ -80,7 +80,9 @@ class QuickstartArguments:
     max_steps: int = field(default=1500, metadata={"help": "Training steps of the bank."})
     teacher_steps: int = field(default=1200, metadata={"help": "Training steps of the built-in task's teacher."})
     batch_size: int = field(default=64, metadata={"help": "Examples a training step."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak, for the bank. Small T5s like 1e-3 to 3e-3, T5-base 3e-4."})
+    learning_rate: float = field(
+        default=2e-3, metadata={"help": "Peak, for the bank. This suits d_model 64 and 128; wider models want less."}
+    )
     output_dir: str = field(default="out/quickstart", metadata={"help": "Where the bank, one assembled model and the results go."})
     seed: int = field(default=0, metadata={"help": "Of the data, the teacher, the plans and the batches."})
 

@@ -60,7 +60,7 @@ class ModularTrainer(Seq2SeqTrainer):
 
     Each step runs one random plan in place of the original layers. Its loss is the weighted sum of the task's cross-entropy
     (`task_loss` in the log), the KL divergence from the teacher's predictions (`logit_loss`) and the error of the hidden state at
-    the end of every span that a module covers (`hidden_loss`). Evaluation and prediction run the bank's plan, as they find it.
+    the end of every span that a module covers (`hidden_loss`; at the top of a stack, after its final norm). Evaluation and prediction run the bank's plan, as they find it.
 
     Args:
         model: a `ModularT5ForConditionalGeneration`. The parameters outside its modules are set not to require gradients.
@@ -87,7 +87,7 @@ class ModularTrainer(Seq2SeqTrainer):
             kwargs["data_collator"] = DataCollatorForSeq2Seq(kwargs["processing_class"], model=model)
         super().__init__(model=model, args=args, **kwargs)
         self._shape = model.shape
-        self._logged_terms: dict[str, list[torch.Tensor]] = {}
+        self._sums: dict[str, tuple[torch.Tensor, int]] = {}  # of each loss term since the last log, and of how many
 
     def plan_of_step(self, step: int) -> AssemblyPlan:
         """The plan that runs in an optimizer step, of the same training, counted from 0."""
@@ -131,7 +131,8 @@ class ModularTrainer(Seq2SeqTrainer):
 
         terms = self._loss_terms(plan, inputs, student, teacher)
         for name, term in terms.items():
-            self._logged_terms.setdefault(name, []).append(term.detach())
+            total, count = self._sums.get(name, (0, 0))
+            self._sums[name] = (total + term.detach(), count + 1)
         weights = {"task_loss": self.args.task_weight, "logit_loss": self.args.logit_weight, "hidden_loss": self.args.hidden_weight}
         loss = sum(weights[name] * term for name, term in terms.items())
         return (loss, student) if return_outputs else loss
@@ -161,8 +162,8 @@ class ModularTrainer(Seq2SeqTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, with the mean of every loss term since the last training log."""
         if "loss" in logs:
-            logs.update({name: torch.stack(values).mean().item() for name, values in self._logged_terms.items()})
-            self._logged_terms.clear()
+            logs.update({name: (total / count).item() for name, (total, count) in self._sums.items()})
+            self._sums.clear()
         super().log(logs, *args, **kwargs)
 
 
