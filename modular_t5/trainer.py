@@ -60,7 +60,8 @@ class ModularTrainer(Seq2SeqTrainer):
 
     Each step runs one random plan in place of the original layers. Its loss is the weighted sum of the task's cross-entropy
     (`task_loss` in the log), the KL divergence from the teacher's predictions (`logit_loss`) and the error of the hidden state at
-    the end of every span that a module covers (`hidden_loss`; at the top of a stack, after its final norm). Evaluation and prediction run the bank's plan, as they find it.
+    the end of every span that a module covers (`hidden_loss`; at the top of a stack, after its final norm). Evaluation and prediction
+    run the bank's plan, as they find it.
 
     Args:
         model: a `ModularT5ForConditionalGeneration`. The parameters outside its modules are set not to require gradients.
