@@ -56,15 +56,24 @@ def test_the_built_in_task_is_reproducible_disjoint_and_readable():
     assert written_numbers._amount(rng) == wanted
 
 
-def test_on_a_teacher_and_files_of_ones_own(tmp_path, pico_tokenizer):
-    AutoTokenizer.from_pretrained(pico_tokenizer).save_pretrained(tmp_path / "teacher")
-    make_teacher("v1.1", vocab_size=len(AutoTokenizer.from_pretrained(pico_tokenizer))).save_pretrained(tmp_path / "teacher")
+SPLITS = ("train", "validation", "test")
+
+
+@pytest.mark.parametrize("given_as", ["files", pytest.param("dataset", marks=pytest.mark.slow)])
+def test_on_a_teacher_and_data_of_ones_own(given_as, tmp_path, pico_tokenizer):
+    tokenizer = AutoTokenizer.from_pretrained(pico_tokenizer)
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    make_teacher("v1.1", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "teacher")
+    data = tmp_path / "data"
+    data.mkdir()
     for name, examples in written_numbers.make_splits(train=60, validation=8, test=8).items():
         lines = [json.dumps({"translation": {"fr": e["translation"]["en"], "nl": e["translation"]["de"]}}) for e in examples]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    files = [argument for name in ("train", "validation", "test") for argument in (f"--{name}_file", tmp_path / f"{name}.jsonl")]
+        (data / f"{name}.jsonl").write_text("\n".join(lines))
+    # `datasets` takes a folder where it takes a name on the Hub.
+    as_files = [argument for name in SPLITS for argument in (f"--{name}_file", data / f"{name}.jsonl")]
+    given = as_files if given_as == "files" else ["--dataset_name", data]
     languages = ["--source_lang", "fr", "--target_lang", "nl", "--source_prefix", "translate: "]
-    done = quickstart(tmp_path, "--teacher", tmp_path / "teacher", *files, *languages, "--max_steps", 3, "--max_target_length", 8)
+    done = quickstart(tmp_path, "--teacher", tmp_path / "teacher", *given, *languages, "--max_steps", 3, "--max_target_length", 8)
     results = check_output(tmp_path, done, sizes=10)
     assert results["metric"] == "BLEU"
     assert results["test_examples"] == 8
