@@ -96,7 +96,7 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         teacher: T5ForConditionalGeneration | MT5ForConditionalGeneration | str | os.PathLike,
         granularities: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
         *,
-        initialization: str = "first",
+        initialization: str = "bottom-first",
         **kwargs: Any,
     ) -> "ModularT5ForConditionalGeneration":
         """A bank around a fine-tuned T5: its layers as the originals, and modules that start as copies of them.
