@@ -44,13 +44,13 @@ from modular_t5.frontier import Frontier, FrontierPoint, environment, generate_t
 
 
 NEXT = """
-In {out}/: bank/ (every size), assembled-2x/ (a stock T5), frontier.png and results.json. What to type next:
+In {out}/: bank/ (every size), assembled/ ({plan} as a stock T5), frontier.png and results.json. What to type next:
 
     import modular_t5
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained("{out}/bank")
     bank = AutoModelForSeq2SeqLM.from_pretrained("{out}/bank")
-    fast = bank.assemble("speed-first", ratio=1.5)      # any ratio, without further training
+    fast = bank.assemble("{plan}")  # or any other size, by ratio: bank.assemble("speed-first", ratio=1.2)
     inputs = tokenizer("{source}", return_tensors="pt")
     print(tokenizer.decode(fast.generate(inputs.input_ids, max_new_tokens=64)[0], skip_special_tokens=True))
 """
@@ -123,7 +123,8 @@ def main() -> None:
 
     say(f"Training the bank once, {args.max_steps} steps")
     trainer = train_bank(bank, tokenizer, splits, args)
-    for folder, model in (("bank", bank), ("assembled-2x", bank.assemble("size-first", ratio=min(2, bank.shape.largest_ratio)))):
+    example = bank.choose_plan("size-first", min(2, bank.shape.largest_ratio))
+    for folder, model in (("bank", bank), ("assembled", bank.assemble(example))):
         model.save_pretrained(out / folder)
         tokenizer.save_pretrained(out / folder)
     validation_loss = losses_by_plan(trainer, plans)
@@ -157,7 +158,7 @@ def main() -> None:
     )
     say(f"One training, {len(plans) - 1} sizes; {seconds:.0f} s in all")
     print(frontier.table())
-    print(NEXT.format(out=out, source=sources[0]))
+    print(NEXT.format(out=out, plan=example, source=sources[0].replace('"', "'")))
 
 
 def load_splits(args: QuickstartArguments) -> Mapping[str, Dataset]:

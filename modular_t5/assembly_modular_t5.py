@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 
@@ -81,6 +82,11 @@ class AssemblyPlan:
         return "/".join(_printed_spans(self.spans(side)) for side in SIDES)
 
 
+def is_integer(value: Any) -> bool:
+    """Whether `value` is a whole number in type, numpy's included; True and False are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 PlanLike = AssemblyPlan | str | Mapping[str, Iterable[int]]
 
 
@@ -89,7 +95,7 @@ def _checked_spans(side: str, spans: tuple[Any, ...]) -> tuple[int, ...]:
         raise ValueError(f"the {side} of a plan needs at least one span")
     start = 0
     for span in spans:
-        if isinstance(span, bool) or not isinstance(span, int) or span < 1:
+        if not is_integer(span) or span < 1:
             raise ValueError(f"a span is a positive integer, got {span!r} in the {side} spans {spans}")
         if start % span:
             raise ValueError(
@@ -99,7 +105,7 @@ def _checked_spans(side: str, spans: tuple[Any, ...]) -> tuple[int, ...]:
         start += span
     if start > MAX_LAYERS:
         raise ValueError(f"the {side} spans cover {start} layers; a side has at most {MAX_LAYERS}")
-    return spans
+    return tuple(map(int, spans))
 
 
 def _parsed_spans(side: str, text: str) -> tuple[int, ...]:
@@ -284,9 +290,9 @@ class BankShape:
         Raises `ValueError` for an unknown strategy and for a ratio that is not a number, below 1, or above the bank's largest.
         """
         plans = self.path(strategy)
-        is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool) and math.isfinite(ratio)
-        if not is_number or not 1 <= ratio <= self.largest_ratio:
-            raise ValueError(f"ratio must be a number from 1 (the teacher) to {self.largest_ratio:g} ({plans[-1]}), got {ratio!r}")
+        if not isinstance(ratio, Real) or isinstance(ratio, bool) or not 1 <= ratio <= self.largest_ratio:
+            largest = math.floor(10_000 * self.largest_ratio) / 10_000  # rounded up, it would be refused itself
+            raise ValueError(f"ratio must be a number from 1 (the teacher) to {largest:.12g} ({plans[-1]}), got {ratio!r}")
         return next(plan for plan in plans if self.report(plan).layer_ratio >= ratio)
 
 

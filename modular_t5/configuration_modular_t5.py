@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import T5Config
+from transformers.activations import ACT2FN
 
-from .assembly_modular_t5 import MAX_LAYERS, SIDES, AssemblyPlan, PlanLike, checked_plan, teacher_plan
+from .assembly_modular_t5 import MAX_LAYERS, SIDES, AssemblyPlan, PlanLike, checked_plan, is_integer, teacher_plan
 
 
 DEFAULT_GRANULARITIES = (2, 3, 4, 6)
@@ -22,6 +23,8 @@ _LARGEST = {
     "relative_attention_num_buckets": 1 << 12,
     "relative_attention_max_distance": 1 << 20,
 }
+
+_RANGES = {"layer_norm_epsilon": (0, 1), "initializer_factor": (0, 1e3), "dropout_rate": (0, 1)}
 
 
 class ModularT5Config(T5Config):
@@ -49,32 +52,59 @@ class ModularT5Config(T5Config):
         super().__post_init__(**kwargs)
         for name, largest in _LARGEST.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+            if not is_integer(value) or not 1 <= value <= largest:
                 raise ValueError(f"{name} must be an integer from 1 to {largest}, got {value!r}")
+        for name, (smallest, largest) in _RANGES.items():
+            if not smallest <= getattr(self, name) <= largest:
+                raise ValueError(f"{name} must be from {smallest:g} to {largest:g}, got {getattr(self, name)!r}")
+        if not isinstance(self.scale_decoder_outputs, bool):
+            raise ValueError(f"scale_decoder_outputs must be true or false, got {self.scale_decoder_outputs!r}")
+        if self.dense_act_fn not in ACT2FN:
+            raise ValueError(f"unknown activation {self.dense_act_fn!r} (feed_forward_proj is {self.feed_forward_proj!r})")
         layers = {"encoder": self.num_layers, "decoder": self.num_decoder_layers}
         self.granularities = _normalised_granularities(self.granularities, layers)
         plan = teacher_plan(layers) if self.plan is None else AssemblyPlan.from_any(self.plan)
         self.plan = checked_plan(plan, layers, self.granularities).to_dict()
-        # Read by transformers' generation as the number of cache slots, in place of the encoder's depth: see `assemble`.
-        self.decoder_layers = len(self.plan["decoder"])
+        set_cache_depth(self)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `PreTrainedConfig.from_dict`, but fields given as keywords are validated together with the others."""
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__dataclass_fields__}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+
+def set_cache_depth(config: T5Config) -> None:
+    """Make `generate` size the decoder's cache by the decoder.
+
+    transformers (5.17 to 5.23) makes one slot an encoder layer, which for a deeper decoder ends in an IndexError and for a shallower
+    one wastes memory, unless the configuration has a field `decoder_layers`.
+    """
+    if config.num_decoder_layers != config.num_layers:
+        config.decoder_layers = config.num_decoder_layers
 
 
 def _normalised_granularities(given: Any, layers: Mapping[str, int]) -> dict[str, list[int]]:
     if given is None:
         given = {side: [s for s in DEFAULT_GRANULARITIES if layers[side] % s == 0] for side in SIDES}
     elif not isinstance(given, Mapping):
-        given = dict.fromkeys(SIDES, given)
+        given = dict.fromkeys(SIDES, _listed(given))
     if set(given) != set(SIDES):
         raise ValueError(f"granularities by side have the keys 'encoder' and 'decoder', got {sorted(map(str, given))}")
+    given = {side: _listed(granularities) for side, granularities in given.items()}
     for side, granularities in given.items():
-        if isinstance(granularities, str) or not isinstance(granularities, Iterable):
-            raise ValueError(f"granularities are integers such as (2, 3, 6), got {granularities!r} for the {side}")
         for s in granularities:
-            if isinstance(s, bool) or not isinstance(s, int) or s < 2:
+            if not is_integer(s) or s < 2:
                 raise ValueError(f"a granularity is an integer of at least 2, got {s!r} for the {side}")
             if layers[side] % s:
                 fitting = [d for d in range(2, layers[side] + 1) if layers[side] % d == 0]
                 raise ValueError(f"granularity {s} does not divide the {side}'s {layers[side]} layers; these do: {fitting}")
     if not any(given.values()):
         raise ValueError(f"a bank needs modules: no granularity is given, or none of {DEFAULT_GRANULARITIES} divides {dict(layers)}")
-    return {side: sorted(set(given[side])) for side in SIDES}
+    return {side: sorted({int(s) for s in given[side]}) for side in SIDES}
+
+
+def _listed(granularities: Any) -> list[Any]:
+    if isinstance(granularities, str) or not isinstance(granularities, Iterable):
+        raise ValueError(f"granularities are integers such as (2, 3, 6), got {granularities!r}")
+    return list(granularities)

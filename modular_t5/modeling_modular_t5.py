@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.t5.modeling_t5 import T5Block, T5Stack
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape, PlanLike, PlanReport, resolve_plan
-from .configuration_modular_t5 import ModularT5Config
+from .configuration_modular_t5 import ModularT5Config, set_cache_depth
 from .storage_modular_t5 import staged_folder
 
 
@@ -40,6 +40,7 @@ INITIALIZATIONS = {
 
 _TEACHERS = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_PUSH_ARGUMENTS = ("commit_description", "commit_message", "create_pr", "private", "repo_id", "revision", "tags", "token")
 _BANK_FIELDS = ("architectures", "auto_map", "decoder_layers", "granularities", "model_type", "plan", "transformers_version")
 
 
@@ -52,6 +53,8 @@ class PlannedBlocks(nn.ModuleList):
 
     def __iter__(self) -> Iterator[T5Block]:
         return iter(self.running)
+
+    __repr__ = nn.Module.__repr__  # a ModuleList's would iterate
 
     def run(self, blocks: Sequence[T5Block]) -> None:
         """Iterate as these blocks from now on, and number the cache slots that their attention writes."""
@@ -122,6 +125,8 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
                 model_type = getattr(getattr(teacher, "config", None), "model_type", None)
                 raise ValueError(_not_a_teacher(type(teacher).__name__, model_type))
         else:
+            if "output_loading_info" in kwargs:
+                raise ValueError("from_t5 returns a bank alone; load the teacher yourself for its output_loading_info")
             hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
             model_type = AutoConfig.from_pretrained(teacher, **hub_arguments).model_type
             if model_type not in _TEACHERS:
@@ -135,10 +140,13 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         config.name_or_path = teacher.config.name_or_path
 
         sources: dict[str, torch.Tensor] = dict(teacher.named_parameters(remove_duplicate=False))
-        for side in SIDES:
+        for side, layers in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
+            originals = getattr(teacher, side).block
+            if len(originals) != layers:
+                raise ValueError(f"the teacher's {side} has {len(originals)} layers, its configuration says {layers}; let them agree")
             for s in config.granularities[side]:
-                for start in range(0, len(getattr(teacher, side).block), s):
-                    original = getattr(teacher, side).block[start + INITIALIZATIONS[initialization](start, s)]
+                for start in range(0, layers, s):
+                    original = originals[start + INITIALIZATIONS[initialization](start, s)]
                     for name, parameter in original.named_parameters():
                         if name != _BIAS_TABLE:
                             # A tensor object of its own: the module is a copy of the layer, not tied to it.
@@ -155,21 +163,34 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         bank, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
         if info["missing_keys"] and not wants_info:
             missing = sorted(info["missing_keys"])
+            has_modules = any(".bank." in name and name not in missing for name, _ in bank.named_parameters())
+            remedy = "download or save it again" if has_modules else f"it is no bank; {cls.__name__}.from_t5 builds one around a T5"
             raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of this bank, the first of them {missing[0]}. "
-                "Download or save it again; to build a bank around a plain T5, use "
-                f"{cls.__name__}.from_t5({str(pretrained_model_name_or_path)!r})."
+                f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of this bank, the first of them {missing[0]}: {remedy}"
             )
         _record_tie(bank)
+        # Loaded tensors lie in memory as they lie in the file, and where they start decides how CPU kernels round. Aligned as torch
+        # aligns its own, a bank and the copies that `assemble` makes of it agree to the bit.
+        for parameter in bank.parameters():
+            if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+                parameter.data = parameter.data.clone()
         return (bank, info) if wants_info else bank
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`; a save that fails leaves the folder as it was."""
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As `PreTrainedModel.save_pretrained`; a save that fails leaves the folder as it was. Uploading comes after saving."""
         directory = os.path.abspath(os.fspath(save_directory))
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", os.path.basename(directory))
+        hub_arguments = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs}
         with staged_folder(directory) as staging:
-            super().save_pretrained(staging, *args, **kwargs)
+            super().save_pretrained(staging, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        if push_to_hub and is_main_process:
+            self.push_to_hub(hub_arguments.pop("repo_id", os.path.basename(directory)), **hub_arguments)
 
     # -- plans -------------------------------------------------------------------------------------------------------------
 
@@ -203,7 +224,6 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
             stack.block.run(blocks)
             stack.config.num_layers = len(blocks)
         self.config.plan = plan.to_dict()
-        self.config.decoder_layers = len(plan.decoder)
         return plan
 
     @contextmanager
@@ -254,10 +274,7 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         plan = self.choose_plan(strategy, ratio)
         config = T5Config(**_without(self.config.to_dict(), _BANK_FIELDS))
         config.num_layers, config.num_decoder_layers = plan.depths
-        if config.num_decoder_layers != config.num_layers:
-            # `generate` makes one cache slot an encoder layer (transformers 5.17 to 5.23), which for a deeper decoder ends in an
-            # IndexError and for a shallower one wastes memory, unless the configuration has this field.
-            config.decoder_layers = config.num_decoder_layers
+        set_cache_depth(config)
         config.architectures = [T5ForConditionalGeneration.__name__]
         config.name_or_path = self.config.name_or_path
 
@@ -319,8 +336,13 @@ def _built(
     config.dtype = like.dtype
     with torch.device("meta"):
         model = model_class(config)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    if missing := [name for name in names if name not in sources]:
+        raise ValueError(
+            f"there is no {missing[0]} in {type(like).__name__}: a bank is of plain T5 layers, so merge adapters first (merge_and_unload)"
+        )
     parameters: dict[int, nn.Parameter] = {}
-    for name, _ in list(model.named_parameters(remove_duplicate=False)):
+    for name in names:
         tensor = sources[name]
         if id(tensor) not in parameters:
             parameters[id(tensor)] = nn.Parameter(tensor.detach() if share_weights else tensor.detach().clone())

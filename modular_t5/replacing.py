@@ -53,10 +53,11 @@ def draw_plan(shape: BankShape, *, seed: int, step: int, progress: float, replac
     odds_of = CURRICULA[curriculum].odds
     # Seeded by a string, Random hashes it with SHA-512: the same in every process.
     draw = random.Random(f"{seed}/{step}")
-    while True:
-        plan = AssemblyPlan(*(_draw_spans(draw, shape, side, progress, replacing_rate, odds_of) for side in SIDES))
+    for rate in (*[replacing_rate] * 1000, 1.0):  # a rate too small to ever replace anything must not draw for ever
+        plan = AssemblyPlan(*(_draw_spans(draw, shape, side, progress, rate, odds_of) for side in SIDES))
         if plan != shape.teacher:
             return plan
+    raise AssertionError("a bank without modules passed its configuration")
 
 
 def _draw_spans(

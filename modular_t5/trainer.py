@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.training_args import ParallelMode
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan
 from .distillation import hidden_state_loss, logit_loss
@@ -41,18 +43,28 @@ class ModularTrainingArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("replacing_rate", "temperature", "task_weight", "logit_weight", "hidden_weight"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
         if not 0 < self.replacing_rate <= 1:
             raise ValueError(f"replacing_rate must be above 0 and at most 1, got {self.replacing_rate!r}")
         if self.curriculum not in CURRICULA:
             raise ValueError(f"unknown curriculum {self.curriculum!r}; choose one of {', '.join(CURRICULA)}")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
+        if self.temperature <= 0:
             raise ValueError(f"temperature must be a number above 0, got {self.temperature!r}")
         weights = {name: getattr(self, name) for name in ("task_weight", "logit_weight", "hidden_weight")}
         for name, weight in weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
+            if weight < 0:
                 raise ValueError(f"{name} must be a number of at least 0, got {weight!r}")
         if not any(weights.values()):
             raise ValueError(f"at least one of {', '.join(weights)} must be above 0")
+
+
+_REFUSED = {
+    "compute_loss_func": "its loss is the task's cross-entropy and distillation, weighed by task_weight, logit_weight and hidden_weight",
+    "model_init": "build the bank with ModularT5ForConditionalGeneration.from_t5 and pass it as model",
+}
 
 
 class ModularTrainer(Seq2SeqTrainer):
@@ -66,14 +78,26 @@ class ModularTrainer(Seq2SeqTrainer):
     Args:
         model: a `ModularT5ForConditionalGeneration`. The parameters outside its modules are set not to require gradients.
         args: `ModularTrainingArguments`.
-        kwargs: those of `Seq2SeqTrainer`. With a tokenizer as `processing_class` and no `data_collator`, batches are padded by
-            `DataCollatorForSeq2Seq`.
+        kwargs: those of `Seq2SeqTrainer` but `model_init` and `compute_loss_func`. With a tokenizer as `processing_class` and no
+            `data_collator`, batches are padded by `DataCollatorForSeq2Seq`.
 
     Raises:
-        ValueError: the model is not a bank, or the arguments are not `ModularTrainingArguments`.
+        ValueError: the model is not a bank, the arguments are not `ModularTrainingArguments`, or one that is not taken is given.
     """
 
-    def __init__(self, model: ModularT5ForConditionalGeneration, args: ModularTrainingArguments, **kwargs: Any):
+    def __init__(
+        self,
+        model: ModularT5ForConditionalGeneration | None = None,
+        args: ModularTrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ):
+        for name, reason in _REFUSED.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"ModularTrainer does not take {name}: {reason}")
         if not isinstance(model, ModularT5ForConditionalGeneration):
             raise ValueError(
                 f"ModularTrainer trains a ModularT5ForConditionalGeneration, got {type(model).__name__}; "
@@ -81,12 +105,14 @@ class ModularTrainer(Seq2SeqTrainer):
             )
         if not isinstance(args, ModularTrainingArguments):
             raise ValueError(f"ModularTrainer takes ModularTrainingArguments, got {type(args).__name__}")
+        if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
+            raise ValueError("one process would drive several GPUs by DataParallel, which a bank cannot; start it with torchrun")
         model.requires_grad_(False)
         for module in _modules(model):
             module.requires_grad_(True)
-        if kwargs.get("data_collator") is None and isinstance(kwargs.get("processing_class"), PreTrainedTokenizerBase):
-            kwargs["data_collator"] = DataCollatorForSeq2Seq(kwargs["processing_class"], model=model)
-        super().__init__(model=model, args=args, **kwargs)
+        if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase):
+            data_collator = DataCollatorForSeq2Seq(processing_class, model=model)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         self._shape = model.shape
         self._sums: dict[str, tuple[torch.Tensor, int]] = {}  # of each loss term since the last log, and of how many
 
@@ -120,7 +146,7 @@ class ModularTrainer(Seq2SeqTrainer):
 
         bank.eval()
         with torch.no_grad(), bank.using(self._shape.teacher):
-            teacher = bank(**inputs, output_hidden_states=True)
+            teacher = bank(**inputs, output_hidden_states=True, return_dict=True)
         for module in _modules(bank):
             module.train()
         with bank.using(plan):
@@ -128,7 +154,8 @@ class ModularTrainer(Seq2SeqTrainer):
             reused = {}
             if plan.encoder == self._shape.teacher.encoder:
                 reused["encoder_outputs"] = BaseModelOutput(teacher.encoder_last_hidden_state, teacher.encoder_hidden_states)
-            student = model(**inputs, **reused, output_hidden_states=True)
+            student = model(**inputs, **reused, output_hidden_states=True, return_dict=True)
+        bank.train()  # as the Trainer left it
 
         terms = self._loss_terms(plan, inputs, student, teacher)
         for name, term in terms.items():
@@ -149,8 +176,10 @@ class ModularTrainer(Seq2SeqTrainer):
         if self.args.logit_weight:
             terms["logit_loss"] = logit_loss(student.logits, teacher.logits, target_mask, self.args.temperature)
         if self.args.hidden_weight:
-            source_mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(inputs["input_ids"]).bool()
-            masks = {"encoder": source_mask, "decoder": target_mask}
+            source_mask = inputs.get("attention_mask")
+            if source_mask is None:
+                source_mask = torch.ones_like(student.encoder_last_hidden_state[..., 0])
+            masks = {"encoder": source_mask.bool(), "decoder": target_mask}
             errors = [
                 hidden_state_loss(student[f"{side}_hidden_states"][block + 1], teacher[f"{side}_hidden_states"][start + span], masks[side])
                 for side in SIDES

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from modular_t5 import STRATEGIES, AssemblyPlan, BankShape
@@ -109,7 +110,7 @@ def test_the_designs_ratios_of_t5_base():
     assert T5_BASE.report(AssemblyPlan.parse("6x2/6x2")).layer_ratio == T5_BASE.largest_ratio == 6
 
 
-@pytest.mark.parametrize("ratio", [0.99, 6.01, 0, -1, float("nan"), float("inf"), "2", None, True, [2]])
+@pytest.mark.parametrize("ratio", [0.99, 6.01, 0, -1, float("nan"), float("inf"), 10**400, "2", None, True, [2]])
 def test_a_ratio_out_of_range_names_the_range(ratio):
     with pytest.raises(ValueError, match=r"from 1 \(the teacher\) to 6 .*got"):
         resolve_plan(shape(), "size-first", ratio)
@@ -147,6 +148,21 @@ def test_an_unknown_strategy_lists_the_choices(strategy):
 def test_a_plan_that_does_not_fit_says_why(plan, message):
     with pytest.raises(ValueError, match=message):
         resolve_plan(shape(), plan)
+
+
+def test_the_largest_ratio_named_is_accepted():
+    odd = BankShape({"encoder": 6, "decoder": 3}, {"encoder": (2, 3, 6), "decoder": (3,)}, {"encoder": 701, "decoder": 1003}, 9)
+    with pytest.raises(ValueError, match="got 1000") as caught:
+        odd.choose("size-first", 1000)
+    named = float(str(caught.value).split(" to ")[1].split()[0])
+    assert odd.choose("size-first", named).depths == (1, 1)
+    assert odd.largest_ratio - named < 1e-4
+
+
+def test_numpy_numbers_are_numbers():
+    assert shape().choose("size-first", np.float32(2)) == shape().choose("size-first", np.int64(2)) == shape().choose("size-first", 2)
+    plan = AssemblyPlan(np.array([2, 2]), (np.int64(4),))
+    assert json.dumps(plan.to_dict()) == '{"encoder": [2, 2], "decoder": [4]}'
 
 
 def test_a_plan_with_a_ratio_is_refused():

@@ -1,7 +1,11 @@
 """The configuration is validated when built, and survives JSON."""
 
+import json
+
+import numpy as np
 import pytest
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
 
 from modular_t5 import AssemblyPlan, ModularT5Config
 
@@ -16,6 +20,23 @@ def test_granularities_by_model_and_by_side():
     assert ModularT5Config(granularities=(3, 2, 2)).granularities == {"encoder": [2, 3], "decoder": [2, 3]}
     by_side = ModularT5Config(granularities={"encoder": (), "decoder": (6,)})
     assert by_side.granularities == {"encoder": [], "decoder": [6]}
+
+
+def test_granularities_may_be_any_iterable_of_integers():
+    for granularities in ((s for s in (2, 3)), map(int, "23"), {3, 2}, np.array([2, 3])):
+        assert ModularT5Config(granularities=granularities).granularities == {"encoder": [2, 3], "decoder": [2, 3]}
+    by_side = ModularT5Config(granularities={"encoder": iter([6]), "decoder": iter([2])})
+    assert by_side.granularities == {"encoder": [6], "decoder": [2]}
+    assert json.loads(by_side.to_json_string())["granularities"] == by_side.granularities
+
+
+def test_fields_given_when_loading_are_validated(tmp_path):
+    ModularT5Config(granularities=(2, 3), plan="3x2/2x3").save_pretrained(tmp_path)
+    assert ModularT5Config.from_pretrained(tmp_path, plan="6x1/1x6", granularities=(6,)).plan == {"encoder": [6], "decoder": [1] * 6}
+    with pytest.raises(ValueError, match="granularity 4 does not divide"):
+        ModularT5Config.from_pretrained(tmp_path, granularities=(4,))
+    with pytest.raises(ValueError, match="does not divide the encoder's 3 layers"):
+        AutoConfig.from_pretrained(tmp_path, num_layers=3)
 
 
 def test_json_round_trip(tmp_path):
@@ -50,6 +71,9 @@ def test_json_round_trip(tmp_path):
         ({"plan": "2x2/2x3"}, "covers 4 layers; it has 6"),
         ({"granularities": (2,), "plan": "3x2/2x3"}, "uses granularity 3"),
         ({"plan": 7}, "a plan is an AssemblyPlan"),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon must be from 0 to 1, got nan"),
+        ({"dropout_rate": 2.0}, "dropout_rate must be from 0 to 1"),
+        ({"feed_forward_proj": "gated-nope"}, "unknown activation 'nope'"),
     ],
 )
 def test_bad_fields_are_refused_with_the_value(fields, message):

@@ -32,7 +32,7 @@ def check_output(folder, done, sizes):
     assert done.stdout.count("| size-first") + done.stdout.count("| speed-first") == sizes
     bank = AutoModelForSeq2SeqLM.from_pretrained(out / "bank")
     assert type(bank) is modular_t5.ModularT5ForConditionalGeneration
-    assert type(T5ForConditionalGeneration.from_pretrained(out / "assembled-2x")) is T5ForConditionalGeneration
+    assert type(T5ForConditionalGeneration.from_pretrained(out / "assembled")) is T5ForConditionalGeneration
     # What it prints to type next, typed.
     typed = done.stdout.split("What to type next:")[1]
     ran = subprocess.run(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from itertools import product
@@ -9,6 +10,7 @@ from itertools import product
 import pytest
 import torch
 from conftest import DTYPES, PICO, TEACHERS, UNTIED, make_teacher
+from peft import LoraConfig
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,6 +26,7 @@ from transformers.models.t5.modeling_t5 import T5Block, T5Stack
 
 from modular_t5 import AssemblyPlan, ModularT5Config, ModularT5ForConditionalGeneration
 from modular_t5.assembly_modular_t5 import tilings
+from modular_t5.storage_modular_t5 import staged_folder
 
 
 SIX_SIX_PLANS = [str(AssemblyPlan(*sides)) for sides in product(tilings(6, (2, 3, 6)), repeat=2)]
@@ -139,13 +142,40 @@ def test_assisted_generation_with_an_assembled_assistant(inputs):
 
 
 @pytest.mark.parametrize("plan", ["2x3/6x1", "6x1/1x6", "2x3/2x3"])
-def test_a_cache_has_a_slot_for_every_running_decoder_layer(plan, inputs):
-    bank = make_bank()
-    assembled = bank.assemble(plan)
-    with bank.using(plan):
-        for model in (bank, assembled):
-            cache = generated(model, inputs, return_dict_in_generate=True).past_key_values
-            assert len(cache.self_attention_cache.layers) == len(cache.cross_attention_cache.layers) == bank.plan.depths[1]
+def test_an_assembled_models_cache_has_a_slot_a_decoder_layer(plan, inputs):
+    assembled = make_bank().assemble(plan)
+    cache = generated(assembled, inputs, return_dict_in_generate=True).past_key_values
+    assert len(cache.self_attention_cache.layers) == len(cache.cross_attention_cache.layers) == assembled.config.num_decoder_layers
+
+
+@pytest.mark.parametrize("name", ["v1.0", "byt5", "deep decoder"])
+def test_a_bank_that_was_saved_small_runs_every_plan_again(name, inputs, tmp_path):
+    bank = make_bank(name)
+    smallest = bank.set_plan(bank.shape.path("size-first")[-1])
+    bank.save_pretrained(tmp_path)
+    teacher = T5ForConditionalGeneration.from_pretrained(tmp_path)  # the originals alone, whatever plan was saved
+    for loaded in (
+        ModularT5ForConditionalGeneration.from_pretrained(tmp_path),
+        ModularT5ForConditionalGeneration.from_pretrained(tmp_path, plan=smallest.to_dict()),
+    ):
+        assert loaded.plan == smallest
+        for plan in spread_of_plans(bank):
+            with bank.using(plan), loaded.using(plan):
+                assert torch.equal(logits(loaded, inputs), logits(bank, inputs))
+                assert torch.equal(generated(loaded, inputs), generated(bank, inputs))
+        with loaded.using(bank.shape.teacher):
+            assert torch.equal(generated(teacher, inputs), generated(loaded, inputs))
+
+
+def test_a_loaded_bank_and_what_it_assembles_agree_to_the_bit(inputs, tmp_path):
+    """Tensors of odd sizes lie in the file, and so in memory, where no allocator would put them."""
+    for widths in ({"d_model": 18, "d_kv": 5, "d_ff": 26}, {"d_model": 30, "d_kv": 7, "d_ff": 50}):
+        make_bank("v1.1", **widths).save_pretrained(tmp_path)
+        bank = ModularT5ForConditionalGeneration.from_pretrained(tmp_path)
+        assert not any(parameter.data_ptr() % 64 for parameter in bank.parameters())
+        for plan in spread_of_plans(bank):
+            with bank.using(plan):
+                assert torch.equal(logits(bank, inputs), logits(bank.assemble(plan), inputs))
 
 
 def test_hidden_states_and_attentions_are_those_of_the_plan(inputs):
@@ -336,6 +366,12 @@ def test_a_refused_plan_leaves_the_bank_as_it_was(inputs):
     assert torch.equal(logits(bank, inputs), before)
 
 
+def test_printing_a_bank_shows_every_block():
+    bank = make_bank()
+    bank.set_plan("6x1/6x1")
+    assert repr(bank.encoder.block).count("T5Block(") == 6
+
+
 def test_a_copy_of_a_bank_is_independent(inputs):
     bank = make_bank()
     bank.set_plan("2x3/3x2")
@@ -443,8 +479,20 @@ def test_a_folder_that_holds_no_teacher_is_refused(tmp_path):
             ModularT5ForConditionalGeneration.from_t5(tmp_path / folder)
 
 
-def test_wrong_arguments_of_from_t5():
+def test_a_teacher_with_adapters_or_without_some_layers_is_refused():
+    adapted = make_teacher()
+    adapted.add_adapter(LoraConfig(target_modules=["q", "v"]))
+    shortened = make_teacher()
+    shortened.decoder.block = shortened.decoder.block[:3]
+    for teacher, message in ((adapted, r"there is no .*merge_and_unload"), (shortened, "decoder has 3 layers, its configuration says 6")):
+        with pytest.raises(ValueError, match=message):
+            ModularT5ForConditionalGeneration.from_t5(teacher)
+
+
+def test_wrong_arguments_of_from_t5(tmp_path):
     teacher = make_teacher()
+    with pytest.raises(ValueError, match="returns a bank alone"):
+        ModularT5ForConditionalGeneration.from_t5(tmp_path, output_loading_info=True)
     with pytest.raises(ValueError, match="granularity 4 does not divide the encoder's 6 layers"):
         ModularT5ForConditionalGeneration.from_t5(teacher, (4,))
     with pytest.raises(ValueError, match="'best'; choose one of first, middle, last, bottom-first"):
@@ -536,7 +584,7 @@ def test_a_truncated_file_is_the_librarys_error(tmp_path):
 
 def test_a_plain_t5_is_not_taken_for_a_bank(tmp_path):
     make_teacher().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="from_t5"):
+    with pytest.raises(ValueError, match=r"it is no bank; .*from_t5 builds one"):
         ModularT5ForConditionalGeneration.from_pretrained(tmp_path)
 
 
@@ -546,6 +594,9 @@ def test_a_plain_t5_is_not_taken_for_a_bank(tmp_path):
         ({"num_layers": 10**6}, "num_layers must be an integer from 1 to 256"),
         ({"d_model": 10**9}, "d_model must be an integer"),
         ({"d_ff": -24}, "d_ff must be an integer"),
+        ({"layer_norm_epsilon": -1.0}, "layer_norm_epsilon must be from 0 to 1, got -1.0"),
+        ({"scale_decoder_outputs": "no"}, "scale_decoder_outputs must be true or false, got 'no'"),
+        ({"dense_act_fn": "nope"}, "unknown activation 'nope'"),
         ({"num_heads": "many"}, "num_heads"),
         ({"granularities": [4]}, "granularity 4 does not divide"),
         ({"granularities": None}, "a bank needs modules|missing|lacks"),
@@ -580,6 +631,55 @@ def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         bank.save_pretrained(tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["bank"]
+
+
+def test_a_save_that_fails_while_files_move_is_undone(tmp_path, monkeypatch):
+    folder = tmp_path / "bank"
+    bank = make_bank()
+    bank.save_pretrained(folder, max_shard_size="40KB")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    moves = []
+
+    def fails_at_the_last(source, target, replace=os.replace):
+        moves.append(target)
+        if str(target).endswith("/bank/model.safetensors"):
+            raise OSError("No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr("modular_t5.storage_modular_t5.os.replace", fails_at_the_last)
+    bank.set_plan("2x3/2x3")
+    with pytest.raises(OSError, match="No space left"):
+        bank.save_pretrained(folder)
+    assert len(moves) > len(before)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_failed_save_leaves_what_another_saved_meanwhile(tmp_path):
+    def save_and_fail(folder, meanwhile):
+        with staged_folder(folder):
+            meanwhile(folder)
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        save_and_fail(tmp_path / "a" / "b", make_bank().save_pretrained)
+    assert (tmp_path / "a" / "b" / "model.safetensors").exists()
+    with pytest.raises(RuntimeError, match="mine"):
+        save_and_fail(tmp_path / "c" / "d", lambda folder: None)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_failed_upload_leaves_the_saved_bank(tmp_path, monkeypatch):
+    uploads = []
+
+    def no_network(bank, repo_id, **arguments):
+        uploads.append((repo_id, arguments))
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(ModularT5ForConditionalGeneration, "push_to_hub", no_network)
+    with pytest.raises(ConnectionError):
+        make_bank().save_pretrained(tmp_path / "my-bank", push_to_hub=True, private=True, max_shard_size="1GB")
+    assert uploads == [("my-bank", {"private": True})]
+    assert ModularT5ForConditionalGeneration.from_pretrained(tmp_path / "my-bank")
 
 
 def test_saving_over_a_file_is_refused(tmp_path):

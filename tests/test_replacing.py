@@ -37,6 +37,10 @@ def test_every_plan_is_legal_and_replaces_something(curriculum):
         assert SHAPE.check(plan) != SHAPE.teacher
 
 
+def test_a_rate_that_replaces_nothing_still_ends():
+    assert draw(0, replacing_rate=1e-12) != SHAPE.teacher
+
+
 def test_a_rate_of_one_leaves_no_original_where_a_module_fits():
     for step in range(100):
         for side in ("encoder", "decoder"):

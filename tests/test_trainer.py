@@ -103,26 +103,32 @@ def test_a_term_of_no_weight_is_not_computed(tmp_path):
     assert not logged(trainer, "task_loss") + logged(trainer, "logit_loss")
 
 
-def test_the_teachers_side_of_the_loss_has_no_dropout_and_the_modules_have(tmp_path, monkeypatch):
+def test_the_teacher_runs_without_dropout_and_the_modules_with(tmp_path, monkeypatch):
     bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.5))
     trainer = make_trainer(tmp_path, bank=bank, max_steps=1)
-    seen = []
-
-    def spy(student, teacher, *rest):
-        seen.append(teacher)
-        modes = {name: module.training for name, module in bank.named_modules() if isinstance(module, torch.nn.Dropout)}
-        assert any(modes.values())
-        assert all(".bank." in name for name, training in modes.items() if training)
-        return original(student, teacher, *rest)
-
-    original = modular_t5.trainer.logit_loss
-    monkeypatch.setattr(modular_t5.trainer, "logit_loss", spy)
     batch = collate(list(make_dataset(8)))
-    bank.train()
-    trainer.compute_loss(bank, batch)
     bank.eval()
     with torch.no_grad():
-        assert torch.equal(seen[0], bank(**batch).logits)
+        wanted = bank(**batch).logits
+
+    dropping, teacher_logits = [], []  # of each pass: the names of what drops out; of the loss: what it compares with
+
+    def note_modes(model, *_):
+        dropping.append([name for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and module.training])
+
+    def note_teacher(student, teacher, *rest, loss=modular_t5.trainer.logit_loss):
+        teacher_logits.append(teacher)
+        return loss(student, teacher, *rest)
+
+    monkeypatch.setattr(modular_t5.trainer, "logit_loss", note_teacher)
+    bank.register_forward_pre_hook(note_modes)
+    bank.train()
+    trainer.compute_loss(bank, batch)
+    of_teacher, of_student = dropping
+    assert not of_teacher
+    assert of_student
+    assert all(".bank." in name for name in of_student)
+    assert torch.equal(teacher_logits[0], wanted)
 
 
 def test_plans_are_drawn_by_seed_and_step_alone(tmp_path):
@@ -222,8 +228,11 @@ def test_saved_checkpoints_load_as_banks_and_resume(tmp_path):
         ({"replacing_rate": 1.5}, "replacing_rate .* got 1.5"),
         ({"curriculum": "hardest"}, "'hardest'; choose one of coarse-to-fine"),
         ({"temperature": 0.0}, "temperature must be a number above 0, got 0.0"),
+        ({"temperature": "1"}, "temperature must be a finite number, got '1'"),
+        ({"replacing_rate": True}, "replacing_rate must be a finite number, got True"),
+        ({"task_weight": None}, "task_weight must be a finite number, got None"),
         ({"hidden_weight": -1.0}, "hidden_weight .* got -1.0"),
-        ({"logit_weight": float("nan")}, "logit_weight .* got nan"),
+        ({"logit_weight": float("nan")}, "logit_weight must be a finite number, got nan"),
         ({"task_weight": 0.0, "logit_weight": 0.0, "hidden_weight": 0.0}, "at least one of"),
     ],
 )
@@ -237,6 +246,43 @@ def test_what_is_no_bank_is_refused(tmp_path):
         make_trainer(tmp_path, bank=make_teacher())
     with pytest.raises(ValueError, match="takes ModularTrainingArguments, got Seq2SeqTrainingArguments"):
         make_trainer(tmp_path, arguments=Seq2SeqTrainingArguments)
+
+
+def test_what_it_does_not_take_is_refused(tmp_path, monkeypatch):
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher())
+    args = ModularTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    for name in ("compute_loss_func", "model_init"):
+        with pytest.raises(ValueError, match=f"does not take {name}"):
+            ModularTrainer(bank, args, **{name: print})
+    monkeypatch.setattr(args, "_n_gpu", 2)
+    with pytest.raises(ValueError, match="start it with torchrun"):
+        ModularTrainer(bank, args)
+
+
+def test_arguments_by_position_as_in_seq2seq_trainer(tmp_path):
+    args = ModularTrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, dataloader_pin_memory=False)
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher())
+    bank.config.return_dict = False
+    trainer = ModularTrainer(bank, args, collate, make_dataset(), make_dataset(8))
+    trainer.train()
+    assert trainer.eval_dataset is not None
+
+
+def test_a_bank_is_left_as_a_trainer_leaves_a_model(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    assert trainer.model.training
+    assert all(module.training for module in trainer.model.modules())
+
+
+def test_sources_without_a_mask_or_ids(tmp_path):
+    trainer = make_trainer(tmp_path, bank=ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.0)))
+    batch = collate(list(make_dataset(1)))
+    embedded = {"inputs_embeds": trainer.model.shared(batch["input_ids"]), "labels": batch["labels"]}
+    trainer.model.train()
+    assert trainer.compute_loss(trainer.model, embedded).item() == pytest.approx(
+        trainer.compute_loss(trainer.model, batch).item(), rel=1e-5
+    )
 
 
 def test_a_dataset_without_labels_is_refused(tmp_path):
