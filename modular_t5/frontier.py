@@ -82,16 +82,18 @@ def measure_speed(
 ) -> list[float]:
     """Greedy tokens a second of each model, target tokens of the whole batch counted, all forced to the same length.
 
-    The models take turns within every round, so that what else the machine does meets all alike; the median round counts.
+    The models take turns within every round, each round begun by the next of them, so that what else the machine does meets all
+    alike; the median round counts.
     """
     arguments = {"do_sample": False, "num_beams": 1, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
     seconds: list[list[float]] = [[] for _ in models]
     for repetition in tqdm(range(rounds + 1), desc=description, disable=description is None, leave=False):
-        for model, times in zip(models, seconds, strict=True):
+        for turn in range(len(models)):
+            i = (turn + repetition) % len(models)
             start = time.perf_counter()
-            model.generate(**inputs, **arguments)
+            models[i].generate(**inputs, **arguments)
             if repetition:  # the first round warms up
-                times.append(time.perf_counter() - start)
+                seconds[i].append(time.perf_counter() - start)
     return [new_tokens * len(inputs["input_ids"]) / median(times) for times in seconds]
 
 

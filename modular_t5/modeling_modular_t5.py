@@ -336,18 +336,18 @@ def _built(
     config.dtype = like.dtype
     with torch.device("meta"):
         model = model_class(config)
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    if missing := [name for name in names if name not in sources]:
-        raise ValueError(
-            f"there is no {missing[0]} in {type(like).__name__}: a bank is of plain T5 layers, so merge adapters first (merge_and_unload)"
-        )
     parameters: dict[int, nn.Parameter] = {}
-    for name in names:
-        tensor = sources[name]
-        if id(tensor) not in parameters:
-            parameters[id(tensor)] = nn.Parameter(tensor.detach() if share_weights else tensor.detach().clone())
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._parameters[leaf] = parameters[id(tensor)]
+    for path, module in model.named_modules():
+        for leaf in [leaf for leaf, parameter in module._parameters.items() if parameter is not None]:
+            name = f"{path}.{leaf}"
+            if name not in sources:
+                raise ValueError(
+                    f"there is no {name} in {type(like).__name__}: a bank is of plain T5 layers, so merge adapters first (merge_and_unload)"
+                )
+            tensor = sources[name]
+            if id(tensor) not in parameters:
+                parameters[id(tensor)] = nn.Parameter(tensor.detach() if share_weights else tensor.detach().clone())
+            module._parameters[leaf] = parameters[id(tensor)]
     model.generation_config = copy.deepcopy(like.generation_config)
     _record_tie(model)
     return model.eval()
