@@ -135,6 +135,8 @@ def outcomes(tmp_path_factory):
         str(root),
         "--junitxml",
         str(report),
+        "-k",
+        LEFT_ASIDE,
         "test_bank.py",
     ]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads only get in each other's way on models this small
