@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import quickstart
 
 from modular_t5 import ModularT5ForConditionalGeneration
+from modular_t5.configuration_modular_t5 import INITIALIZATIONS
 from modular_t5.frontier import environment, markdown_table
-from modular_t5.modeling_modular_t5 import INITIALIZATIONS
 
 
 def main() -> None:
@@ -47,9 +47,9 @@ def main() -> None:
             plans = {name: plan for name, plan in quickstart.sizes_of(bank).items() if name != "teacher"}
             args.max_steps = 1
             args.learning_rate, rate = 0.0, args.learning_rate
-            before = quickstart.losses_by_plan(quickstart.train_bank(bank, tokenizer, splits, args), plans)
+            before = quickstart.losses_by_plan(quickstart.train_bank(bank, tokenizer, splits, plans, args), plans)
             args.max_steps, args.learning_rate = own.steps, rate
-            after = quickstart.losses_by_plan(quickstart.train_bank(bank, tokenizer, splits, args), plans)
+            after = quickstart.losses_by_plan(quickstart.train_bank(bank, tokenizer, splits, plans, args), plans)
             runs.append({"initialization": initialization, "seed": seed, "before": before, "after": after})
             own.output.write_text(json.dumps({**environment(), "steps": own.steps, "finished": False, "runs": runs}, indent=2) + "\n")
     own.output.write_text(json.dumps({**environment(), "steps": own.steps, "finished": True, "runs": runs}, indent=2) + "\n")

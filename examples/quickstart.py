@@ -122,7 +122,7 @@ def main() -> None:
     untrained = {name: evaluate(bank, name, plan, tokenizer, sources, targets, args) for name, plan in plans.items()}
 
     say(f"Training the bank once, {args.max_steps} steps")
-    trainer = train_bank(bank, tokenizer, splits, args)
+    trainer = train_bank(bank, tokenizer, splits, plans, args)
     example = bank.choose_plan("size-first", min(2, bank.shape.largest_ratio))
     for folder, model in (("bank", bank), ("assembled", bank.assemble(example))):
         model.save_pretrained(out / folder)
@@ -234,13 +234,17 @@ def train_bank(
     bank: ModularT5ForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
     splits: Mapping[str, Dataset],
+    plans: Mapping[str, AssemblyPlan],
     args: QuickstartArguments,
 ) -> ModularTrainer:
     """The one training."""
     trainer = ModularTrainer(
         model=bank,
         args=ModularTrainingArguments(
-            **training_arguments(args, args.max_steps), learning_rate=args.learning_rate, per_device_eval_batch_size=args.batch_size
+            **training_arguments(args, args.max_steps),
+            learning_rate=args.learning_rate,
+            per_device_eval_batch_size=args.batch_size,
+            eval_plans=[str(plan) for plan in plans.values()],
         ),
         train_dataset=tokenized(splits["train"], tokenizer, args),
         eval_dataset=tokenized(splits["validation"], tokenizer, args),
@@ -252,12 +256,9 @@ def train_bank(
 
 def losses_by_plan(trainer: ModularTrainer, plans: Mapping[str, AssemblyPlan]) -> dict[str, float]:
     """Cross-entropy of the validation split under every plan."""
-    trainer.remove_callback(ProgressCallback)  # it would print a line a plan
-    losses = {}
-    for name, plan in plans.items():
-        with trainer.model.using(plan):
-            losses[name] = trainer.evaluate()["eval_loss"]
-    return losses
+    trainer.remove_callback(ProgressCallback)  # it would print them all
+    metrics = trainer.evaluate()
+    return {name: metrics[f"eval_{plan}_loss"] for name, plan in plans.items()}
 
 
 def sizes_of(bank: ModularT5ForConditionalGeneration) -> dict[str, AssemblyPlan]:

@@ -5,7 +5,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 from .assembly_modular_t5 import STRATEGIES, AssemblyPlan, BankShape, PlanReport
 from .configuration_modular_t5 import ModularT5Config
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
-from .trainer import ModularTrainer, ModularTrainingArguments
+from .trainer import ModularTrainer
+from .training_args import ModularTrainingArguments
 
 
 AutoConfig.register(ModularT5Config.model_type, ModularT5Config, exist_ok=True)

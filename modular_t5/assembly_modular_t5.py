@@ -244,6 +244,7 @@ class BankShape:
         block_parameters: parameters of one block a side, without the relative position bias.
         shared_parameters: what every plan has: embeddings, relative position biases, final norms, an untied head.
         bytes_per_parameter: 4 for float32, 2 for bfloat16.
+        own_head_parameters: what a plan with modules in the decoder has on top, where the bank trained a head of its own.
     """
 
     num_layers: Mapping[str, int]
@@ -251,6 +252,7 @@ class BankShape:
     block_parameters: Mapping[str, int]
     shared_parameters: int
     bytes_per_parameter: int = 4
+    own_head_parameters: int = 0
 
     @property
     def teacher(self) -> AssemblyPlan:
@@ -281,7 +283,8 @@ class BankShape:
         layers, teacher_layers = (
             sum(len(each.spans(side)) * self.block_parameters[side] for side in SIDES) for each in (self.check(plan), self.teacher)
         )
-        total, teacher_total = layers + self.shared_parameters, teacher_layers + self.shared_parameters
+        own_head = self.own_head_parameters if set(plan.decoder) != {1} else 0
+        total, teacher_total = layers + self.shared_parameters + own_head, teacher_layers + self.shared_parameters
         return PlanReport(plan, teacher_layers / layers, teacher_total / total, layers, total, total * self.bytes_per_parameter)
 
     def choose(self, strategy: str, ratio: float) -> AssemblyPlan:

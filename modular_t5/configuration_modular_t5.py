@@ -1,6 +1,7 @@
 """The configuration of a bank: a T5's, plus the granularities of each side and the plan that runs."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from transformers import T5Config
@@ -10,6 +11,18 @@ from .assembly_modular_t5 import MAX_LAYERS, SIDES, AssemblyPlan, PlanLike, chec
 
 
 DEFAULT_GRANULARITIES = (2, 3, 4, 6)
+
+# Which layer of its span a module starts as a copy of: (first layer of the span, span) -> offset in the span. The layer that reads
+# the embeddings is unlike all others, so a module at the bottom had better be it. Measured in benchmarks/initialization.py.
+INITIALIZATIONS = {
+    "first": lambda start, span: 0,
+    "middle": lambda start, span: span // 2,
+    "last": lambda start, span: span - 1,
+    "bottom-first": lambda start, span: 0 if start == 0 else span - 1,
+}
+
+# What a bank may train of its own beside modules.
+OWN_PARTS = ("final_norms", "head")
 
 # Wider than any T5 by a factor of ten or more. A file that asks for more is refused before memory is taken.
 _LARGEST = {
@@ -28,7 +41,7 @@ _RANGES = {"layer_norm_epsilon": (0, 1), "initializer_factor": (0, 1e3), "dropou
 
 
 class ModularT5Config(T5Config):
-    """A `T5Config` with two fields more.
+    """A `T5Config` that also says what is in a bank.
 
     Args:
         granularities: how many consecutive original layers one module stands in for. One sequence for both sides, or a mapping
@@ -36,6 +49,12 @@ class ModularT5Config(T5Config):
             side's number of layers.
         plan: what the bank runs: an `AssemblyPlan`, its notation (`"2x6/2x6"`) or `{"encoder": [...], "decoder": [...]}`, which is
             also how it is stored. By default all original layers, that is, the teacher.
+        initialization: which layer of its span a module started as, a name in `INITIALIZATIONS`.
+        own_parts: what the bank has of its own beside modules: none, one or both of `OWN_PARTS`.
+        teacher: `{"name_or_path": ..., "revision": ...}` of the T5 that the bank was built around, and, where a bank is saved
+            without it, the `"sha256"` of its weights.
+        modules_only: whether a saved bank is without its teacher.
+        lora: `{"rank": ..., "scaling": ...}` of a bank whose modules are low-rank differences from layers of the teacher.
         kwargs: every field of `T5Config`.
 
     Raises:
@@ -47,6 +66,11 @@ class ModularT5Config(T5Config):
 
     granularities: Mapping[str, Sequence[int]] | Sequence[int] | None = None
     plan: PlanLike | None = None
+    initialization: str = "bottom-first"
+    own_parts: Sequence[str] = ()
+    teacher: Mapping[str, str | None] | None = None
+    modules_only: bool = False
+    lora: Mapping[str, float] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -65,6 +89,17 @@ class ModularT5Config(T5Config):
         self.granularities = _normalised_granularities(self.granularities, layers)
         plan = teacher_plan(layers) if self.plan is None else AssemblyPlan.from_any(self.plan)
         self.plan = checked_plan(plan, layers, self.granularities).to_dict()
+        if self.initialization not in INITIALIZATIONS:
+            raise ValueError(f"unknown initialization {self.initialization!r}; choose one of {', '.join(INITIALIZATIONS)}")
+        self.own_parts = list(self.own_parts)
+        if unknown := set(self.own_parts) - set(OWN_PARTS):
+            raise ValueError(f"unknown part {min(unknown)!r}; a bank may have of its own: {', '.join(OWN_PARTS)}")
+        if not isinstance(self.modules_only, bool):
+            raise ValueError(f"modules_only must be true or false, got {self.modules_only!r}")
+        self.teacher = _checked_mapping("teacher", self.teacher, {"name_or_path": str, "revision": str, "sha256": str})
+        if self.modules_only and not (self.teacher or {}).get("sha256"):
+            raise ValueError("a bank of modules alone names its teacher by the SHA-256 of its weights; this configuration does not")
+        self.lora = _checked_mapping("lora", self.lora, {"rank": int, "scaling": Real}) if self.lora else None
         set_cache_depth(self)
 
     @classmethod
@@ -72,6 +107,17 @@ class ModularT5Config(T5Config):
         """As `PreTrainedConfig.from_dict`, but fields given as keywords are validated together with the others."""
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__dataclass_fields__}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+
+def _checked_mapping(name: str, given: Any, types: Mapping[str, type]) -> dict[str, Any]:
+    """`given` with a key for each of `types`, None where there is none."""
+    given = {} if given is None else given
+    if not isinstance(given, Mapping) or set(given) - set(types):
+        raise ValueError(f"{name} is a mapping with the keys {', '.join(types)}, got {given!r}")
+    for key, value in given.items():
+        if value is not None and (not isinstance(value, types[key]) or isinstance(value, bool)):
+            raise ValueError(f"{key} of {name} must be of type {types[key].__name__}, got {value!r}")
+    return {key: given.get(key) for key in types}
 
 
 def set_cache_depth(config: T5Config) -> None:

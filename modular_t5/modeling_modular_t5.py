@@ -16,32 +16,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    MT5ForConditionalGeneration,
-    T5Config,
-    T5ForConditionalGeneration,
-)
-from transformers.models.t5.modeling_t5 import T5Block, T5Stack
+from transformers import AutoConfig, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm, T5Stack
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape, PlanLike, PlanReport, resolve_plan
-from .configuration_modular_t5 import ModularT5Config, set_cache_depth
-from .storage_modular_t5 import staged_folder
+from .configuration_modular_t5 import INITIALIZATIONS, OWN_PARTS, ModularT5Config, set_cache_depth
+from .storage_modular_t5 import fingerprint, read_tensors, staged_folder
 
-
-# Which layer of its span a module starts as a copy of: (first layer of the span, span) -> offset in the span. The layer that reads
-# the embeddings is unlike all others, so a module at the bottom had better be it. Measured in benchmarks/initialization.py.
-INITIALIZATIONS = {
-    "first": lambda start, span: 0,
-    "middle": lambda start, span: span // 2,
-    "last": lambda start, span: span - 1,
-    "bottom-first": lambda start, span: 0 if start == 0 else span - 1,
-}
 
 _TEACHERS = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _PUSH_ARGUMENTS = ("commit_description", "commit_message", "create_pr", "private", "repo_id", "revision", "tags", "token")
-_BANK_FIELDS = ("architectures", "auto_map", "decoder_layers", "granularities", "model_type", "plan", "transformers_version")
+_BANK_FIELDS = (
+    *("architectures", "auto_map", "decoder_layers", "model_type", "transformers_version"),
+    *("granularities", "initialization", "lora", "modules_only", "own_parts", "plan", "teacher"),
+)
+# What the Auto classes add to a call of `from_pretrained`, and means nothing to a bank of modules alone.
+_AUTO_ARGUMENTS = ("_commit_hash", "_from_auto", "adapter_kwargs", "code_revision", "trust_remote_code")
 
 
 class PlannedBlocks(nn.ModuleList):
@@ -65,6 +56,25 @@ class PlannedBlocks(nn.ModuleList):
         self.running = list(blocks)
 
 
+class _Switched:
+    """Named and saved as itself, but runs another module of its kind where one is switched to."""
+
+    def switch(self, other: nn.Module | None) -> None:
+        self.__dict__["other"] = other  # past nn.Module's registration: the other has its name elsewhere
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        other = self.__dict__.get("other")
+        return super().forward(hidden_states) if other is None else other(hidden_states)
+
+
+class SwitchedNorm(_Switched, T5LayerNorm):
+    pass
+
+
+class SwitchedHead(_Switched, nn.Linear):
+    pass
+
+
 class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
     """A T5 with a module bank. It trains, generates, saves and loads as any T5, under whatever plan is set.
 
@@ -83,6 +93,10 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
             stack = getattr(self, side)
             stack.block = PlannedBlocks(stack.block)
             stack.bank = _module_bank(stack, config.granularities[side])
+            stack.final_layer_norm = SwitchedNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.lm_head = SwitchedHead(config.d_model, config.vocab_size, bias=False)
+        for part in config.own_parts:
+            self._register_own_part(part)
         self.set_plan(config.plan)
         self.post_init()
 
@@ -136,7 +150,8 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         fields = _without(teacher.config.to_dict(), _BANK_FIELDS)
         # mT5's code never scales and its configuration does not say so.
         fields.setdefault("scale_decoder_outputs", False)
-        config = ModularT5Config(**fields, granularities=granularities)
+        named = {"name_or_path": teacher.config.name_or_path, "revision": getattr(teacher.config, "_commit_hash", None)}
+        config = ModularT5Config(**fields, granularities=granularities, initialization=initialization, teacher=named)
         config.name_or_path = teacher.config.name_or_path
 
         sources: dict[str, torch.Tensor] = dict(teacher.named_parameters(remove_duplicate=False))
@@ -158,7 +173,16 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         """As `PreTrainedModel.from_pretrained`, and a `ValueError` if the checkpoint lacks a part of the bank.
 
         With `output_loading_info=True` what is missing is in the returned report instead.
+
+        A bank of modules alone (a checkpoint of `ModularTrainer`, a LoRA bank, `save_pretrained(..., modules_only=True)`) is put
+        together with its teacher: the one that its configuration names, or `teacher=`, a model, a folder or a Hub id. Another
+        teacher than it was made of is refused by the SHA-256 of its weights. Adapters are merged.
         """
+        teacher = kwargs.pop("teacher", None)
+        if _holds_modules_only(pretrained_model_name_or_path, kwargs):
+            return cls._from_modules(pretrained_model_name_or_path, teacher, **kwargs)
+        if teacher is not None:
+            raise ValueError(f"{pretrained_model_name_or_path} holds its own teacher; leave teacher= out, or build a bank by from_t5")
         wants_info = kwargs.pop("output_loading_info", False)
         bank, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
         if info["missing_keys"] and not wants_info:
@@ -176,21 +200,172 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
                 parameter.data = parameter.data.clone()
         return (bank, info) if wants_info else bank
 
+    @classmethod
+    def _from_modules(cls, path: str | os.PathLike, teacher: Any, **kwargs: Any) -> Any:
+        kwargs = _without(kwargs, (*_AUTO_ARGUMENTS, "config"))
+        hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        wants_info, dtype = kwargs.pop("output_loading_info", False), kwargs.pop("dtype", None)
+        if kwargs:
+            raise ValueError(f"{path} holds modules alone, which load on the CPU and without {', '.join(sorted(kwargs))}")
+        config = ModularT5Config.from_pretrained(path, **hub_arguments)
+        if teacher is None:
+            teacher, revision = config.teacher["name_or_path"], config.teacher["revision"]
+            if not os.path.isdir(teacher) and not revision:
+                raise ValueError(
+                    f"{path} holds modules alone, and their teacher {teacher!r} is no folder here and has no revision on the Hub: "
+                    "pass it as from_pretrained(..., teacher=...)"
+                )
+            if not os.path.isdir(teacher):
+                hub_arguments["revision"] = revision
+        of_teacher = {} if isinstance(teacher, nn.Module) else {"dtype": config.dtype, **_without(hub_arguments, ("subfolder",))}
+        bank = cls.from_t5(teacher, config.granularities, initialization=config.initialization, **of_teacher)
+        if bank.teacher_sha256() != config.teacher["sha256"]:
+            raise ValueError(
+                f"the modules in {path} were trained for another teacher ({config.teacher['name_or_path']}): the weights that they "
+                f"came with have SHA-256 {config.teacher['sha256']}, these have {bank.teacher_sha256()}"
+            )
+        for part in config.own_parts:
+            bank.add_own_part(part)
+        bank.load_modules(read_tensors(path, **hub_arguments), lora=config.lora, source=path)
+        bank.set_plan(config.plan)
+        bank.config.name_or_path = str(path)
+        info = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"), ())
+        bank = bank if dtype in (None, "auto") else bank.to(dtype)
+        return (bank, info) if wants_info else bank
+
+    def load_modules(self, tensors: Mapping[str, torch.Tensor], *, lora: Mapping[str, Any] | None = None, source: Any = "it") -> None:
+        """Copy tensors, as `module_tensors` of an equal bank names them, into this one's modules; merge adapters into them.
+
+        Args:
+            tensors: of every module, or adapters of them.
+            lora: where there are adapters: the field of that name of the configuration that they were saved with.
+            source: for messages.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, or of another shape. Nothing is changed then.
+        """
+        own = {name: parameter for name, parameter in self.named_parameters() if ".bank." in name}
+        if lora:
+            downs = {name.partition(".lora_A.")[0]: tensor for name, tensor in tensors.items() if ".lora_A." in name}
+            ups = {name.partition(".lora_B.")[0]: tensor for name, tensor in tensors.items() if ".lora_B." in name}
+            if not downs or downs.keys() != ups.keys():
+                raise ValueError(f"{source} holds {len(downs)} lora_A and {len(ups)} lora_B; they belong together")
+            plain = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
+            for path, down in downs.items():
+                if f"{path}.weight" not in own or down.ndim != 2 or ups[path].ndim != 2 or down.shape[0] != ups[path].shape[1]:
+                    raise ValueError(f"{source} holds adapters for {path}, which do not fit this bank")
+                base = own[f"{path}.weight"].detach()
+                plain[f"{path}.weight"] = base + lora["scaling"] * (ups[path].to(base) @ down.to(base))
+            wanted = {name: own[name] for name in own if name in plain or not _is_module_tensor(name)}
+        else:
+            plain, wanted = tensors, own
+        differing = wanted.keys() ^ plain.keys() or {name for name in wanted if wanted[name].shape != plain[name].shape}
+        if differing:
+            raise ValueError(
+                f"{source} does not fit this bank: {len(differing)} tensors are missing, unknown, or of another shape, "
+                f"the first of them {min(differing)}"
+            )
+        with torch.no_grad():
+            for name, tensor in plain.items():
+                own[name].copy_(tensor)
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
+        *,
+        modules_only: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As `PreTrainedModel.save_pretrained`; a save that fails leaves the folder as it was. Uploading comes after saving."""
+        """As `PreTrainedModel.save_pretrained`; a save that fails leaves the folder as it was. Uploading comes after saving.
+
+        Args:
+            modules_only: leave the teacher out. Its name and the SHA-256 of its weights are saved instead, and `from_pretrained`
+                fetches it. So is a bank with LoRA modules always, and a `state_dict` without the teacher's tensors.
+        """
         directory = os.path.abspath(os.fspath(save_directory))
         hub_arguments = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs}
-        with staged_folder(directory) as staging:
-            super().save_pretrained(staging, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        modules_only = modules_only or bool(self.config.lora) or (state_dict is not None and all(map(_is_bank_tensor, state_dict)))
+        if modules_only:
+            state_dict = self.module_tensors(state_dict)
+            self.config.teacher = {**self.config.teacher, "sha256": self.teacher_sha256()}
+        self.config.modules_only = modules_only
+        try:
+            with staged_folder(directory) as staging:
+                super().save_pretrained(staging, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        finally:
+            self.config.modules_only = False
         if push_to_hub and is_main_process:
             self.push_to_hub(hub_arguments.pop("repo_id", os.path.basename(directory)), **hub_arguments)
+
+    def module_tensors(self, state_dict: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """What the bank adds to its teacher, out of its own or a given state: modules (of LoRA modules the adapters) and own parts."""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        return {
+            name: tensor
+            for name, tensor in state_dict.items()
+            if _is_bank_tensor(name) and (not self.config.lora or ".lora_" in name or not _is_module_tensor(name))
+        }
+
+    def teacher_sha256(self) -> str:
+        """SHA-256 of the teacher's weights: names, dtypes, shapes and bytes."""
+        return fingerprint({name: parameter for name, parameter in self.named_parameters() if not _is_bank_tensor(name)})
+
+    # -- what a bank may have beside modules -------------------------------------------------------------------------------
+
+    def add_own_part(self, part: str) -> None:
+        """Give the bank a copy of a part of the teacher, to train. It runs, and is assembled, where a side has modules.
+
+        Args:
+            part: `"final_norms"`, the norm at the top of each side, or `"head"`, which goes with the decoder and is then not tied
+                to the embeddings.
+        """
+        if part not in OWN_PARTS:
+            raise ValueError(f"unknown part {part!r}; choose one of {', '.join(OWN_PARTS)}")
+        if part in self.config.own_parts:
+            return
+        for original, copied in self._register_own_part(part):
+            copied.to(device=original.weight.device, dtype=original.weight.dtype).load_state_dict(original.state_dict())
+        self.config.own_parts = [*self.config.own_parts, part]
+        self.switch_parts(self.plan)
+
+    def _register_own_part(self, part: str) -> list[tuple[nn.Module, nn.Module]]:
+        config = self.config
+        if part == "head":
+            self.decoder.bank["lm_head"] = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            return [(self.lm_head, self.decoder.bank["lm_head"])]
+        for side in SIDES:
+            getattr(self, side).bank["final_layer_norm"] = T5LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        return [(getattr(self, side).final_layer_norm, getattr(self, side).bank["final_layer_norm"]) for side in SIDES]
+
+    def switch_parts(self, plan: AssemblyPlan) -> None:
+        """Run the bank's own norms and head where a plan does. `set_plan` does this too."""
+        for side in SIDES:
+            stack = getattr(self, side)
+            own = dict(stack.bank.items()) if set(plan.spans(side)) != {1} else {}
+            stack.final_layer_norm.switch(own.get("final_layer_norm"))
+            if side == "decoder":
+                self.lm_head.switch(own.get("lm_head"))
+
+    def merge_and_unload(self) -> "ModularT5ForConditionalGeneration":
+        """Merge LoRA modules into plain ones, in place, and return the bank. Nothing to do for a bank without."""
+        for path, merged in self._merged_adapters().items():
+            parent, _, leaf = path.rpartition(".")
+            base = self.get_submodule(path).base_layer
+            base.weight.data = merged
+            setattr(self.get_submodule(parent), leaf, base)
+        self.config.lora = None
+        return self
+
+    def _merged_adapters(self) -> dict[str, torch.Tensor]:
+        # By what peft's LoRA layers have, for peft need not be installed where a bank runs.
+        return {
+            path: (layer.base_layer.weight + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)).detach()
+            for path, layer in self.named_modules()
+            if hasattr(layer, "lora_A")
+        }
 
     # -- plans -------------------------------------------------------------------------------------------------------------
 
@@ -207,6 +382,10 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
             granularities={side: tuple(self.config.granularities[side]) for side in SIDES},
             block_parameters={side: _count(stack.block[0]) - _count(tables[side]) for side, stack in stacks.items()},
             shared_parameters=sum(parameter.numel() for parameter in shared.values()),
+            # A head of the bank's own takes the place of one that is the embeddings, which then cost extra.
+            own_head_parameters=self.lm_head.weight.numel()
+            if "head" in self.config.own_parts and self.lm_head.weight is self.shared.weight
+            else 0,
             bytes_per_parameter=self.dtype.itemsize,
         )
 
@@ -219,12 +398,28 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         """Run a plan from now on, given as in `assemble`; returns it. Nothing is copied."""
         plan = self.choose_plan(strategy, ratio)
         for side in SIDES:
-            stack = getattr(self, side)
-            blocks = [stack.block[start] if span == 1 else stack.bank[str(span)][start // span] for start, span in plan.blocks(side)]
+            stack, blocks = getattr(self, side), self.blocks_of(plan, side)
             stack.block.run(blocks)
             stack.config.num_layers = len(blocks)
+        self.switch_parts(plan)
         self.config.plan = plan.to_dict()
         return plan
+
+    def initial_layer(self, side: str, start: int, span: int) -> T5Block:
+        """The original layer that the module for `span` layers from `start` on started as a copy of."""
+        return getattr(self, side).block[start + INITIALIZATIONS[self.config.initialization](start, span)]
+
+    def modules_of_bank(self) -> Iterator[tuple[str, int, int, T5Block]]:
+        """`(side, first original layer, granularity, module)` of every module."""
+        for side in SIDES:
+            for s in self.config.granularities[side]:
+                for index, module in enumerate(getattr(self, side).bank[str(s)]):
+                    yield side, s * index, s, module
+
+    def blocks_of(self, plan: AssemblyPlan, side: str) -> list[T5Block]:
+        """The original layers and modules that run a side of a plan, bottom first."""
+        stack = getattr(self, side)
+        return [stack.block[start] if span == 1 else stack.bank[str(span)][start // span] for start, span in plan.blocks(side)]
 
     @contextmanager
     def using(self, strategy: PlanLike, ratio: float | None = None) -> Iterator["ModularT5ForConditionalGeneration"]:
@@ -253,9 +448,15 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
             mapping[table] = table
             for position, (start, span) in enumerate(plan.blocks(side)):
                 source = _block_name(side, start, span)
-                for name, _ in self.get_submodule(source).named_parameters():
+                # The original layer's names: a LoRA module has others.
+                for name, _ in getattr(self, side).block[start].named_parameters():
                     if name != _BIAS_TABLE:
                         mapping[f"{side}.block.{position}.{name}"] = f"{source}.{name}"
+            if set(plan.spans(side)) != {1}:
+                if "final_norms" in self.config.own_parts:
+                    mapping[f"{side}.final_layer_norm.weight"] = f"{side}.bank.final_layer_norm.weight"
+                if side == "decoder" and "head" in self.config.own_parts:
+                    mapping["lm_head.weight"] = "decoder.bank.lm_head.weight"
         return mapping
 
     def assemble(self, strategy: PlanLike, ratio: float | None = None, *, share_weights: bool = False) -> T5ForConditionalGeneration:
@@ -269,8 +470,11 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
             share_weights: copy nothing; the result reads, and if trained changes, the bank's own memory.
 
         Raises:
-            ValueError: an unknown strategy, a ratio out of range, or a plan that this bank cannot run.
+            ValueError: an unknown strategy, a ratio out of range, a plan that this bank cannot run, or weights to share that are
+                not there yet, for LoRA modules are merged into what is returned.
         """
+        if share_weights and self.config.lora:
+            raise ValueError("LoRA modules are merged when assembling, which makes copies; call merge_and_unload() first to share weights")
         plan = self.choose_plan(strategy, ratio)
         config = T5Config(**_without(self.config.to_dict(), _BANK_FIELDS))
         config.num_layers, config.num_decoder_layers = plan.depths
@@ -279,6 +483,7 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         config.name_or_path = self.config.name_or_path
 
         bank = dict(self.named_parameters(remove_duplicate=False))
+        bank |= {f"{path}.weight": merged for path, merged in self._merged_adapters().items()}
         sources = {name: bank[bank_name] for name, bank_name in self.parameter_map(plan).items()}
         return _built(T5ForConditionalGeneration, config, sources, like=self, share_weights=share_weights)
 
@@ -299,6 +504,23 @@ def _module_bank(stack: T5Stack, granularities: Sequence[int]) -> nn.ModuleDict:
 
 _BIAS_TABLE = "layer.0.SelfAttention.relative_attention_bias.weight"  # in the first original layer of each side
 _BLOCK_PREFIXES = tuple(f"{side}.{kind}." for side in SIDES for kind in ("block", "bank"))
+
+
+def _is_bank_tensor(name: str) -> bool:
+    return ".bank." in name
+
+
+def _is_module_tensor(name: str) -> bool:
+    """Whether a tensor of the bank is in a module, not in a part of its own."""
+    return ".bank.final_layer_norm." not in name and ".bank.lm_head." not in name
+
+
+def _holds_modules_only(path: Any, kwargs: Mapping[str, Any]) -> bool:
+    if path is None:
+        return False
+    hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    fields, _ = ModularT5Config.get_config_dict(path, **hub_arguments)
+    return fields.get("modules_only", False)
 
 
 def _block_name(side: str, start: int, span: int) -> str:

@@ -1,7 +1,8 @@
 """Which plan a training step runs: a pure function of the seed, the step and how far training has come.
 
-Source of module replacing: Xu et al., "BERT-of-Theseus", EMNLP 2020, arXiv 2002.02925; of several granularities and the
-coarse-to-fine curriculum: Zhou, Le Bras, Choi, "Modular Transformers", Findings of ACL 2023, arXiv 2306.02379.
+Source of module replacing: Xu et al., "BERT-of-Theseus", EMNLP 2020, arXiv 2002.02925, which this is where a bank has one
+granularity; of several granularities and the coarse-to-fine curriculum: Zhou, Le Bras, Choi, "Modular Transformers", Findings of
+ACL 2023, arXiv 2306.02379.
 """
 
 import math
@@ -11,6 +12,22 @@ from typing import NamedTuple
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
 
+
+class Schedule(NamedTuple):
+    """The replacing rate at a progress from 0 to 1, given its start and end."""
+
+    rate: Callable[[float, float, float], float]
+    description: str
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": Schedule(lambda start, end, progress: start, "the start all the time"),
+    "linear": Schedule(lambda start, end, progress: start + (end - start) * progress, "straight from the start to the end"),
+}
+
+
+# Odds of the granularities (ascending) at a progress from 0 to 1; they need not sum to 1.
+Odds = Callable[[Sequence[int], float], Sequence[float]]
 
 # How much likelier the favoured end of the granularities is than the other at either end of training.
 _TILT = 4.0
@@ -24,9 +41,9 @@ def _tilted(granularities: Sequence[int], towards_coarse: float) -> list[float]:
 
 
 class Curriculum(NamedTuple):
-    """Odds of the granularities (ascending) at a progress from 0 to 1. Odds need not sum to 1."""
+    """How the odds of the granularities move."""
 
-    odds: Callable[[Sequence[int], float], list[float]]
+    odds: Odds
     description: str
 
 
@@ -37,44 +54,50 @@ CURRICULA: dict[str, Curriculum] = {
 }
 
 
-def draw_plan(shape: BankShape, *, seed: int, step: int, progress: float, replacing_rate: float, curriculum: str) -> AssemblyPlan:
+def draw_plan(shape: BankShape, *, seed: int, step: int, progress: float, replacing_rate: float, odds: Odds) -> AssemblyPlan:
     """A random plan with at least one module.
 
     Each side is walked from the bottom. Where a module may start, one is taken with probability `replacing_rate`, its granularity
-    by the curriculum's odds among those that fit; else the original layer stays.
+    by the odds among those that fit; else the original layer stays.
 
     Args:
         shape: of the bank.
         seed, step: integers; equal ones give equal plans, in every process and after a restart.
         progress: of training, from 0 to 1.
         replacing_rate: above 0, at most 1.
-        curriculum: a name in `CURRICULA`.
+        odds: a curriculum's, or the user's own function. A granularity of odds 0 is not drawn.
+
+    Raises:
+        ValueError: odds that are not one finite number of at least 0 a granularity, or all 0 on both sides.
     """
-    odds_of = CURRICULA[curriculum].odds
     # Seeded by a string, Random hashes it with SHA-512: the same in every process.
     draw = random.Random(f"{seed}/{step}")
+    odds_of = {side: _checked_odds(odds, shape.granularities[side], progress) for side in SIDES}
+    if not any(any(of_side.values()) for of_side in odds_of.values()):
+        raise ValueError(f"a curriculum must leave some granularity; its odds are all 0 at a progress of {progress:g}")
     for rate in (*[replacing_rate] * 1000, 1.0):  # a rate too small to ever replace anything must not draw for ever
-        plan = AssemblyPlan(*(_draw_spans(draw, shape, side, progress, rate, odds_of) for side in SIDES))
+        plan = AssemblyPlan(*(_draw_spans(draw, shape.num_layers[side], odds_of[side], rate) for side in SIDES))
         if plan != shape.teacher:
             return plan
-    raise AssertionError("a bank without modules passed its configuration")
+    raise AssertionError("every granularity fits at the bottom of its side")
 
 
-def _draw_spans(
-    draw: random.Random,
-    shape: BankShape,
-    side: str,
-    progress: float,
-    replacing_rate: float,
-    odds_of: Callable[[Sequence[int], float], list[float]],
-) -> tuple[int, ...]:
-    granularities = shape.granularities[side]
-    odds = dict(zip(granularities, odds_of(granularities, progress), strict=True))
+def _checked_odds(odds: Odds, granularities: Sequence[int], progress: float) -> dict[int, float]:
+    given = list(odds(granularities, progress))
+    if len(given) != len(granularities) or not all(math.isfinite(number) and number >= 0 for number in given):
+        raise ValueError(
+            f"a curriculum gives a number of at least 0 for each of the granularities {tuple(granularities)}, got {given} "
+            f"at a progress of {progress:g}"
+        )
+    return dict(zip(granularities, given, strict=True))
+
+
+def _draw_spans(draw: random.Random, num_layers: int, odds: dict[int, float], replacing_rate: float) -> tuple[int, ...]:
     spans: list[int] = []
     start = 0
-    while start < shape.num_layers[side]:
+    while start < num_layers:
         # A granularity divides its side, so a module that starts at a multiple of it also ends inside the side.
-        fitting = [s for s in granularities if start % s == 0]
+        fitting = [s for s, number in odds.items() if number and start % s == 0]
         replaced = fitting and draw.random() < replacing_rate
         spans.append(draw.choices(fitting, [odds[s] for s in fitting])[0] if replaced else 1)
         start += spans[-1]

@@ -1,12 +1,20 @@
-"""Writing a bank's folder so that a save that fails leaves what was there before."""
+"""A bank's files: saving so that a failure leaves what was there before, reading tensors, recognising a teacher by its weights."""
 
+import hashlib
+import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -62,3 +70,31 @@ def _swap(directory: Path, new: Path, old: Path) -> None:
         for source, target in reversed(moved):
             os.replace(target, source)
         raise
+
+
+def read_tensors(directory_or_repo: str | os.PathLike, **hub_arguments: Any) -> dict[str, torch.Tensor]:
+    """Every tensor of a safetensors checkpoint, sharded or not, of a folder or of the Hub, on the CPU.
+
+    Raises:
+        ValueError: a file is torn.
+        OSError: a file is missing.
+    """
+    index = cached_file(directory_or_repo, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    names = [SAFE_WEIGHTS_NAME] if index is None else sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names:
+        try:
+            tensors |= load_file(cached_file(directory_or_repo, name, **hub_arguments))
+        except SafetensorError as error:
+            raise ValueError(f"{name} in {directory_or_repo} is torn ({error}); download or save it again") from error
+    return tensors
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of tensors: names, dtypes, shapes and bytes, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.view(torch.uint8).numpy())
+    return digest.hexdigest()

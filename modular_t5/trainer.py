@@ -1,68 +1,44 @@
 """`ModularTrainer`: a `Seq2SeqTrainer` that trains a bank by module replacing and distillation."""
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
 from torch import nn
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Seq2SeqTrainer, set_seed
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.models.t5.modeling_t5 import T5Attention
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.training_args import ParallelMode
+from transformers.utils import logging
 
-from .assembly_modular_t5 import SIDES, AssemblyPlan
-from .distillation import hidden_state_loss, logit_loss
+from .adapters import add_adapters
+from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
+from .configuration_modular_t5 import ModularT5Config
+from .distillation import attention_loss, hidden_state_loss, logit_loss, task_loss
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
-from .replacing import CURRICULA, draw_plan
+from .recording import Replay, recording
+from .replacing import CURRICULA, SCHEDULES, Odds, draw_plan
+from .training_args import LOSS_WEIGHTS, ModularTrainingArguments
 
 
-@dataclass
-class ModularTrainingArguments(Seq2SeqTrainingArguments):
-    """`Seq2SeqTrainingArguments` and the dials of replacing and distillation.
+logger = logging.get_logger(__name__)
 
-    Raises:
-        ValueError: a dial out of its range, or weights that leave nothing to learn from.
-    """
-
-    replacing_rate: float = field(
-        default=0.7,
-        metadata={"help": "Probability of a module instead of the original layer at every place where one may start; above 0 to 1."},
-    )
-    curriculum: str = field(
-        default="coarse-to-fine",
-        metadata={"help": "How the odds of the granularities move: " + "; ".join(f"{k}: {v.description}" for k, v in CURRICULA.items())},
-    )
-    task_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy with the labels."})
-    logit_weight: float = field(default=1.0, metadata={"help": "Weight of the KL divergence from the teacher's predictions."})
-    hidden_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the relative squared error of the hidden state at the end of every module."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL divergence; above 0."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("replacing_rate", "temperature", "task_weight", "logit_weight", "hidden_weight"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value!r}")
-        if not 0 < self.replacing_rate <= 1:
-            raise ValueError(f"replacing_rate must be above 0 and at most 1, got {self.replacing_rate!r}")
-        if self.curriculum not in CURRICULA:
-            raise ValueError(f"unknown curriculum {self.curriculum!r}; choose one of {', '.join(CURRICULA)}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be a number above 0, got {self.temperature!r}")
-        weights = {name: getattr(self, name) for name in ("task_weight", "logit_weight", "hidden_weight")}
-        for name, weight in weights.items():
-            if weight < 0:
-                raise ValueError(f"{name} must be a number of at least 0, got {weight!r}")
-        if not any(weights.values()):
-            raise ValueError(f"at least one of {', '.join(weights)} must be above 0")
+# Beside the Trainer's own files in a checkpoint: sums of losses that no log has yet.
+_SUMS_FILE = "loss_sums.json"
 
 
 _REFUSED = {
-    "compute_loss_func": "its loss is the task's cross-entropy and distillation, weighed by task_weight, logit_weight and hidden_weight",
+    "compute_loss_func": f"its loss is the task's cross-entropy and distillation, weighed by {', '.join(LOSS_WEIGHTS)}",
     "model_init": "build the bank with ModularT5ForConditionalGeneration.from_t5 and pass it as model",
 }
 
@@ -71,18 +47,27 @@ class ModularTrainer(Seq2SeqTrainer):
     """Trains the modules of a bank; everything else of the bank is the teacher, frozen and without dropout.
 
     Each step runs one random plan in place of the original layers. Its loss is the weighted sum of the task's cross-entropy
-    (`task_loss` in the log), the KL divergence from the teacher's predictions (`logit_loss`) and the error of the hidden state at
-    the end of every span that a module covers (`hidden_loss`; at the top of a stack, after its final norm). Evaluation and prediction
-    run the bank's plan, as they find it.
+    (`task_loss` in the log), the KL divergence from the teacher's predictions (`logit_loss`), the error of the hidden state at the
+    end of every span that a module covers (`hidden_loss`) and, if asked for, that of the module's attention probabilities
+    (`attention_loss`). All are means over the tokens of the whole step, however it is cut into batches and processes.
+
+    `evaluate` runs `eval_plans`: `eval_<plan>_loss` and metrics of each, and `eval_loss` and metrics that are means over the plans.
+    `predict` runs the bank's own plan. Checkpoints hold the modules without the teacher, and appear whole or not at all;
+    `save_model` and `push_to_hub` write the whole bank.
 
     Args:
         model: a `ModularT5ForConditionalGeneration`. The parameters outside its modules are set not to require gradients.
         args: `ModularTrainingArguments`.
+        peft_config: a `LoraConfig`: every module is trained as the frozen copy of an original layer that it starts as, plus a
+            low-rank difference. The saved bank holds the adapters only.
+        curriculum: a function of the granularities (ascending) and the progress of training (0 to 1) that returns the odds of each,
+            in place of a named curriculum.
         kwargs: those of `Seq2SeqTrainer` but `model_init` and `compute_loss_func`. With a tokenizer as `processing_class` and no
             `data_collator`, batches are padded by `DataCollatorForSeq2Seq`.
 
     Raises:
-        ValueError: the model is not a bank, the arguments are not `ModularTrainingArguments`, or one that is not taken is given.
+        ValueError: something does not fit: model, arguments, tokenizer, plans to evaluate, adapters; or an argument that is not
+            taken is given.
     """
 
     def __init__(
@@ -93,6 +78,9 @@ class ModularTrainer(Seq2SeqTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        *,
+        peft_config: LoraConfig | None = None,
+        curriculum: Odds | None = None,
         **kwargs: Any,
     ):
         for name, reason in _REFUSED.items():
@@ -107,27 +95,75 @@ class ModularTrainer(Seq2SeqTrainer):
             raise ValueError(f"ModularTrainer takes ModularTrainingArguments, got {type(args).__name__}")
         if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
             raise ValueError("one process would drive several GPUs by DataParallel, which a bank cannot; start it with torchrun")
-        model.requires_grad_(False)
-        for module in _modules(model):
-            module.requires_grad_(True)
-        if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase):
-            data_collator = DataCollatorForSeq2Seq(processing_class, model=model)
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        if isinstance(processing_class, PreTrainedTokenizerBase):
+            _check_tokenizer(processing_class, model.config)
+            if data_collator is None:
+                data_collator = DataCollatorForSeq2Seq(processing_class, model=model)
         self._shape = model.shape
-        self._sums: dict[str, tuple[torch.Tensor, int]] = {}  # of each loss term since the last log, and of how many
+        self.eval_plans = _checked_eval_plans(args, self._shape)
+        self._odds = CURRICULA[args.curriculum].odds if curriculum is None else curriculum
+        for progress in (0.0, 0.5, 1.0):  # a curriculum that does not work had better fail here
+            self._draw_plan(args, 0, progress)
+
+        model.requires_grad_(False)
+        if peft_config is not None:
+            set_seed(args.seed)  # adapters start at random
+            add_adapters(model, peft_config)
+        elif model.config.lora:
+            raise ValueError("the bank has LoRA modules; pass their peft_config, or bank.merge_and_unload() first to train all of them")
+        for part, wanted in (("final_norms", args.train_final_norms), ("head", args.train_head)):
+            if wanted:
+                model.add_own_part(part)
+        trained = model.module_tensors(dict(model.named_parameters()))
+        for name, parameter in trained.items():
+            parameter.requires_grad_(_trains(name, args))
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        # The losses here count tokens over the whole step, as those of models do that accept `num_items_in_batch`.
+        self.model_accepts_loss_kwargs = True
+        self._sums: dict[str, torch.Tensor] = {}  # of the loss and each of its terms, since the last log
+        self._past_sum = 0.0  # of the loss, before
+        self._last_log = 0  # its step
+        self._checked = False  # whether a batch was seen to fit
+        self._evaluating = False
+        self._staging: Path | None = None  # where a checkpoint is being written
+        self._teacher_sha256: str | None = None
+
+    @property
+    def bank(self) -> ModularT5ForConditionalGeneration:
+        """The model without what distributed training and compilation wrap it in."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    # -- a step ------------------------------------------------------------------------------------------------------------
 
     def plan_of_step(self, step: int) -> AssemblyPlan:
         """The plan that runs in an optimizer step, of the same training, counted from 0."""
-        args = self.args
-        progress = step / max(self.state.max_steps - 1, 1)
-        return draw_plan(
-            self._shape,
-            seed=args.seed,
-            step=step,
-            progress=min(progress, 1.0),
-            replacing_rate=args.replacing_rate,
-            curriculum=args.curriculum,
-        )
+        return self._draw_plan(self.args, step, min(step / max(self.state.max_steps - 1, 1), 1.0))
+
+    def _draw_plan(self, args: ModularTrainingArguments, step: int, progress: float) -> AssemblyPlan:
+        rate = SCHEDULES[args.replacing_rate_schedule].rate(args.replacing_rate, args.replacing_rate_end, progress)
+        return draw_plan(self._shape, seed=args.seed, step=step, progress=progress, replacing_rate=rate, odds=self._odds)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`."""
+        self._sums, self._past_sum, self._last_log, self._checked = {}, 0.0, 0, False
+        with self._eager_attention() if self.args.attention_weight else nullcontext():
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self.bank.train()  # all of it, as a Trainer leaves a model
+
+    @contextmanager
+    def _eager_attention(self) -> Iterator[None]:
+        logger.warning("attention_weight is not 0: attention runs in eager mode during training, for other modes hide its probabilities")
+        configs = [getattr(self.bank, side).config for side in SIDES]
+        former = [config._attn_implementation for config in configs]
+        for config in configs:
+            config._attn_implementation = "eager"
+        try:
+            yield
+        finally:
+            for config, implementation in zip(configs, former, strict=True):
+                config._attn_implementation = implementation
 
     def compute_loss(
         self,
@@ -136,66 +172,302 @@ class ModularTrainer(Seq2SeqTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The loss of a random plan in training, of the bank's plan in evaluation."""
+        """The loss of a random plan in training; in evaluation the task's, of the plan that the bank runs."""
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if inputs.get("labels") is None:
-            raise ValueError(f"training needs labels; the batch has {sorted(inputs)}")
-        bank = self.accelerator.unwrap_model(model)
+            return super().compute_loss(model, inputs, return_outputs)
+        if not self._checked:
+            _check_batch(inputs, self.bank.config)
+            self._checked = True
         plan = self.plan_of_step(self.state.global_step)
+        terms, outputs = self._loss_terms(model, plan, inputs)
 
-        bank.eval()
-        with torch.no_grad(), bank.using(self._shape.teacher):
-            teacher = bank(**inputs, output_hidden_states=True, return_dict=True)
-        for module in _modules(bank):
-            module.train()
-        with bank.using(plan):
-            # Where the encoder runs as it is, its states are the teacher's.
-            reused = {}
-            if plan.encoder == self._shape.teacher.encoder:
-                reused["encoder_outputs"] = BaseModelOutput(teacher.encoder_last_hidden_state, teacher.encoder_hidden_states)
-            student = model(**inputs, **reused, output_hidden_states=True, return_dict=True)
-        bank.train()  # as the Trainer left it
-
-        terms = self._loss_terms(plan, inputs, student, teacher)
-        for name, term in terms.items():
-            total, count = self._sums.get(name, (0, 0))
-            self._sums[name] = (total + term.detach(), count + 1)
-        weights = {"task_loss": self.args.task_weight, "logit_loss": self.args.logit_weight, "hidden_loss": self.args.hidden_weight}
-        loss = sum(weights[name] * term for name, term in terms.items())
-        return (loss, student) if return_outputs else loss
+        tokens = (inputs["labels"] != -100).sum()
+        share = 1.0 if num_items_in_batch is None else tokens / num_items_in_batch
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            share = share * self.accelerator.num_processes  # the tokens of all, and gradients are averaged
+        terms = {name: term * share for name, term in terms.items()}
+        loss = sum(getattr(self.args, name.replace("_loss", "_weight")) * term for name, term in terms.items())
+        for name, term in {"loss": loss, **terms}.items():
+            self._sums[name] = self._sums.get(name, 0) + term.detach().float()
+        if not torch.isfinite(loss):
+            broken = {name: term.item() for name, term in terms.items() if not torch.isfinite(term)} or {"loss": loss.item()}
+            raise FloatingPointError(
+                f"step {self.state.global_step}, plan {plan}: {', '.join(f'{name} is {value}' for name, value in broken.items())}. "
+                "Training stopped before this step changed anything; a lower learning rate, bf16 in place of fp16, or float32 often helps"
+            )
+        return (loss, outputs) if return_outputs else loss
 
     def _loss_terms(
-        self, plan: AssemblyPlan, inputs: dict[str, Any], student: Seq2SeqLMOutput, teacher: Seq2SeqLMOutput
-    ) -> dict[str, torch.Tensor]:
+        self, model: nn.Module, plan: AssemblyPlan, inputs: Mapping[str, Any]
+    ) -> tuple[dict[str, torch.Tensor], Seq2SeqLMOutput]:
+        """Every term that has a weight, by its name in the log, and what the plan put out."""
+        args, bank, teacher_plan = self.args, self.bank, self._shape.teacher
         labels = inputs["labels"]
-        target_mask = labels != -100
-        terms = {}
-        if self.args.task_weight:
-            terms["task_loss"] = student.loss if self.label_smoother is None else self.label_smoother(student, labels)
-        if self.args.logit_weight:
-            terms["logit_loss"] = logit_loss(student.logits, teacher.logits, target_mask, self.args.temperature)
-        if self.args.hidden_weight:
-            source_mask = inputs.get("attention_mask")
-            if source_mask is None:
-                source_mask = torch.ones_like(student.encoder_last_hidden_state[..., 0])
-            masks = {"encoder": source_mask.bool(), "decoder": target_mask}
-            errors = [
-                hidden_state_loss(student[f"{side}_hidden_states"][block + 1], teacher[f"{side}_hidden_states"][start + span], masks[side])
-                for side in SIDES
-                for block, (start, span) in enumerate(plan.blocks(side))
-                if span > 1
-            ]
-            terms["hidden_loss"] = torch.stack(errors).mean()
-        return terms
+        # Without labels, which the model would compute a loss of its own from.
+        passed = {name: value for name, value in inputs.items() if name != "labels"}
+        if "decoder_input_ids" not in passed and "decoder_inputs_embeds" not in passed:
+            passed["decoder_input_ids"] = bank.prepare_decoder_input_ids_from_labels(labels)
+        passed |= {"use_cache": False, "return_dict": True}
+        module_ends = {side: {start + span for start, span in plan.blocks(side) if span > 1} for side in SIDES}
+        # Up to the first module a plan is the teacher, whose states are taken. The decoder's only where the encoder is the teacher's
+        # altogether, for every layer of it reads the encoder.
+        encoder_is_teacher = plan.encoder == teacher_plan.encoder
+        prefixes = {"encoder": _prefix(plan.encoder), "decoder": _prefix(plan.decoder) if encoder_is_teacher else 0}
+
+        needs_teacher = args.logit_weight or args.hidden_weight or args.attention_weight
+        attention = bool(args.attention_weight)
+        replays, reused = {}, {}
+        bank.eval()
+        if needs_teacher:
+            ends = {side: module_ends[side] | {prefixes[side]} for side in SIDES}
+            with torch.no_grad(), recording(bank, teacher_plan, ends, attention=attention) as of_teacher:
+                teacher = model(**passed)
+            if encoder_is_teacher:
+                reused["encoder_outputs"] = BaseModelOutput(teacher.encoder_last_hidden_state)
+            replays = {side: (length, Replay(of_teacher[side].recorders[length].passed)) for side, length in prefixes.items() if length}
+            if encoder_is_teacher:
+                replays.pop("encoder", None)
+        self._set_training_modes(plan)
+        with recording(bank, plan, module_ends, replays=replays, attention=attention) as of_student:
+            student = model(**passed, **reused)
+
+        terms, target_mask = {}, labels != -100
+        if args.task_weight:
+            terms["task_loss"] = task_loss(student.logits, labels, args.label_smoothing_factor)
+        if args.logit_weight:
+            terms["logit_loss"] = logit_loss(student.logits, teacher.logits, target_mask, args.temperature)
+        masks = {"encoder": _source_mask(inputs, student), "decoder": target_mask}
+        spans = (
+            [(of_student[side], of_teacher[side], end, masks[side]) for side in SIDES for end in module_ends[side]] if needs_teacher else []
+        )
+        if args.hidden_weight:
+            terms["hidden_loss"] = _mean([hidden_state_loss(ours.state(end), its.state(end), mask) for ours, its, end, mask in spans])
+        if args.attention_weight:
+            terms["attention_loss"] = _mean(
+                [
+                    attention_loss(our_map, its_map, mask)
+                    for ours, its, end, mask in spans
+                    for our_map, its_map in zip(ours.attention[end], its.attention[end], strict=True)
+                ]
+            )
+        return terms, student
+
+    def _set_training_modes(self, plan: AssemblyPlan) -> None:
+        """After `bank.eval()`: dropout in the plan's modules, nowhere else. So it stays until gradients are computed."""
+        bank = self.bank
+        bank.training = True
+        for side in SIDES:
+            for (_, span), block in zip(plan.blocks(side), bank.blocks_of(plan, side), strict=True):
+                if span == 1:
+                    # The flag of the block alone: it asks for gradient checkpointing, where that is on, and for nothing else.
+                    block.training = True
+                    continue
+                block.train()
+                if self.args.attention_weight:
+                    for module in block.modules():
+                        if isinstance(module, T5Attention):
+                            module.training = False  # probabilities with holes would not be comparable
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, with the mean of every loss term since the last training log."""
         if "loss" in logs:
-            logs.update({name: (total / count).item() for name, (total, count) in self._sums.items()})
-            self._sums.clear()
+            # The Trainer's own sums do not survive a restart between two logs.
+            sums = {name: self.accelerator.gather(total).mean().item() for name, total in self._sums.items()}
+            steps = self.state.global_step - self._last_log
+            logs.update({name: total / steps for name, total in sums.items()})
+            self._past_sum += sums["loss"]
+            self._sums, self._last_log = {}, self.state.global_step
+        if "train_loss" in logs and self.state.global_step:
+            rest = self.accelerator.gather(self._sums["loss"]).mean().item() if self._sums else 0.0
+            logs["train_loss"] = (self._past_sum + rest) / self.state.global_step
         super().log(logs, *args, **kwargs)
 
+    # -- evaluation --------------------------------------------------------------------------------------------------------
 
-def _modules(bank: ModularT5ForConditionalGeneration) -> Iterator[nn.Module]:
-    return (getattr(bank, side).bank for side in SIDES)
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Seq2SeqTrainer.evaluate`, under each of `eval_plans`."""
+        self._evaluating = True
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._evaluating = False
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As `Trainer.evaluation_loop`; in `evaluate`, one loop a plan, with all metrics in one output."""
+        if not self._evaluating or not self.eval_plans:
+            return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        metrics: dict[str, float] = {}
+        by_name: dict[str, list[float]] = {}
+        samples = 0
+        for plan in self.eval_plans:
+            with self.bank.using(plan):
+                output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+            samples += output.num_samples
+            for name, value in output.metrics.items():
+                name = name.removeprefix(f"{metric_key_prefix}_")
+                metrics[f"{metric_key_prefix}_{plan}_{name}"] = value
+                by_name.setdefault(name, []).append(value)
+        for name, values in by_name.items():
+            if all(isinstance(value, Real) for value in values):
+                metrics[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
+        return EvalLoopOutput(output.predictions, output.label_ids, metrics, samples)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As `Trainer._save_checkpoint`, into a folder that gets its name when all is in it."""
+        run = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        final, staging = run / name, run / f".writing-{name}"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed here
+        self.accelerator.wait_for_everyone()
+        sums = {key: self.accelerator.gather(total.reshape(1)).tolist() for key, total in self._sums.items()}
+        former_best, self._staging = self.state.best_model_checkpoint, staging
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        best = run / f"checkpoint-{self.state.best_global_step}"
+        self.state.best_model_checkpoint = str(best) if best == final or best.exists() else former_best
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            written = {"past_sum": self._past_sum, "last_log": self._last_log, "sums": sums}
+            (staging / name / _SUMS_FILE).write_text(json.dumps(written, indent=2))
+            _rename(staging, name)
+        self.accelerator.wait_for_everyone()
+        if self.is_local_process_zero() and (staging / name).exists():  # of another machine, on a disk of its own
+            _rename(staging, name)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else it has not got its name yet
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        # A checkpoint leaves the teacher out; what the user saves is whole.
+        super()._save(output_dir, self.bank.module_tensors(state_dict) if self._staging is not None else state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        config = ModularT5Config.from_pretrained(resume_from_checkpoint)
+        saved, ours = (config.teacher or {}).get("sha256"), self.bank.teacher_sha256()
+        if config.modules_only and saved != ours:
+            raise ValueError(
+                f"{resume_from_checkpoint} was trained for another teacher: its weights have SHA-256 {saved}, this bank's {ours}"
+            )
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{resume_from_checkpoint} is torn or of another bank: {error}") from error
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        missing = [name for name in load_result.missing_keys if name in self.bank.module_tensors()]
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"the checkpoint is of another bank: {len(missing)} of this one's tensors are missing there "
+                f"{missing[:1]}, {len(load_result.unexpected_keys)} are unknown here {load_result.unexpected_keys[:1]}"
+            )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = Path(checkpoint) / _SUMS_FILE if checkpoint else None
+        if path is not None and path.exists():
+            written = json.loads(path.read_text())
+            self._past_sum, self._last_log = written["past_sum"], written["last_log"]
+            for name, totals in written["sums"].items():
+                total = totals[self.args.process_index] if len(totals) == self.args.world_size else sum(totals) / len(totals)
+                self._sums[name] = torch.tensor(total, device=self.args.device)
+
+
+def _trains(name: str, args: ModularTrainingArguments) -> bool:
+    """Whether a tensor of the bank trains: all but parts of its own that an earlier training made and this one is not to touch."""
+    if ".bank.final_layer_norm." in name:
+        return args.train_final_norms
+    return args.train_head if ".bank.lm_head." in name else True
+
+
+def _rename(staging: Path, name: str) -> None:
+    """Move a finished folder to its place beside the folder that it was written in. A kill leaves an old or a new one, or none."""
+    final, replaced = staging.parent / name, staging / "replaced"
+    if final.exists():
+        os.replace(final, replaced)
+    os.replace(staging / name, final)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _prefix(spans: Sequence[int]) -> int:
+    """Original layers below the first module."""
+    return next((position for position, span in enumerate(spans) if span > 1), len(spans))
+
+
+def _mean(terms: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(terms).mean()
+
+
+def _source_mask(inputs: Mapping[str, Any], outputs: Seq2SeqLMOutput) -> torch.Tensor:
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(outputs.encoder_last_hidden_state[..., 0], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: ModularT5Config) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the bank's teacher {config.vocab_size}: they do not belong together")
+    if tokenizer.pad_token_id != config.pad_token_id:
+        raise ValueError(
+            f"the tokenizer pads with token {tokenizer.pad_token_id}, the bank's teacher with {config.pad_token_id}: "
+            "they do not belong together"
+        )
+
+
+def _check_batch(inputs: Mapping[str, Any], config: ModularT5Config) -> None:
+    labels = inputs.get("labels")
+    if labels is None:
+        raise ValueError(f"training needs labels; the batch has {sorted(inputs)}")
+    if not ((labels != -100) & (labels != config.pad_token_id)).any():
+        raise ValueError("the labels of the first batch are all padding; nothing can be learned from them")
+    for name in ("input_ids", "labels"):
+        ids = inputs.get(name)
+        if ids is not None and ids.max() >= config.vocab_size:
+            raise ValueError(
+                f"{name} hold the token {ids.max().item()}, the bank's teacher knows {config.vocab_size}: "
+                "the data was made with another tokenizer"
+            )
+
+
+def _checked_eval_plans(args: ModularTrainingArguments, shape: BankShape) -> tuple[AssemblyPlan, ...]:
+    if args.eval_plans is None:
+        largest = shape.largest_ratio
+        chosen = [
+            shape.teacher,
+            shape.choose("size-first", min(2, largest)),
+            shape.choose("speed-first", min(1.9, largest)),
+            shape.choose("size-first", largest),
+        ]
+    else:
+        chosen = [shape.check(AssemblyPlan.from_any(plan)) for plan in args.eval_plans]
+    plans = tuple(dict.fromkeys(chosen))
+    metric = args.metric_for_best_model
+    if metric is not None and "/" in metric and not any(f"{plan}_" in metric for plan in plans):
+        raise ValueError(
+            f"metric_for_best_model={metric!r} names a plan that is not evaluated; eval_plans are {', '.join(map(str, plans))}"
+        )
+    return plans

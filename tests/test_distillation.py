@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.trainer_pt_utils import LabelSmoother
 
-from modular_t5.distillation import hidden_state_loss, logit_loss
+from modular_t5.distillation import attention_loss, hidden_state_loss, logit_loss, task_loss
 
 
 MASK_BT = torch.tensor([[True, True, False, False], [True, True, True, False]])
@@ -33,6 +35,38 @@ def test_hidden_state_loss():
     student_BTD, teacher_BTD = torch.randn(2, 4, 5), 100 * torch.randn(2, 4, 5)
     s, t = (x.double().numpy()[MASK_BT.numpy()] for x in (student_BTD, teacher_BTD))
     found = hidden_state_loss(with_noise_in_the_padding(student_BTD), with_noise_in_the_padding(teacher_BTD), MASK_BT)
-    assert found.item() == pytest.approx(((s - t) ** 2).sum() / (t**2).sum(), rel=1e-5)
+    assert found.item() == pytest.approx((((s - t) ** 2).sum(-1) / (t**2).sum(-1)).mean(), rel=1e-5)
     assert hidden_state_loss(teacher_BTD, teacher_BTD, MASK_BT) == 0
-    assert hidden_state_loss(torch.zeros_like(teacher_BTD), teacher_BTD, MASK_BT) == 1
+    assert hidden_state_loss(torch.zeros_like(teacher_BTD), teacher_BTD, MASK_BT).item() == pytest.approx(1)
+
+
+def test_attention_loss():
+    student_BNTK, teacher_BNTK = (torch.randn(2, 3, 4, 5).softmax(-1) for _ in range(2))
+    s, t = (maps.double().numpy().transpose(0, 2, 1, 3)[MASK_BT.numpy()] for maps in (student_BNTK, teacher_BNTK))
+    noisy = torch.where(MASK_BT[:, None, :, None], student_BNTK, 1e4 * torch.randn_like(student_BNTK))
+    assert attention_loss(noisy, teacher_BNTK, MASK_BT).item() == pytest.approx(((s - t) ** 2).sum(-1).mean(), rel=1e-5)
+    assert attention_loss(teacher_BNTK, teacher_BNTK, MASK_BT) == 0
+    there, elsewhere = torch.eye(5)[[0, 0, 0, 0]].expand(2, 3, 4, 5), torch.eye(5)[[1, 1, 1, 1]].expand(2, 3, 4, 5)
+    assert attention_loss(there, elsewhere, MASK_BT).item() == pytest.approx(2)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_task_loss(smoothing):
+    logits_BTV = torch.randn(2, 4, 7)
+    labels_BT = torch.where(MASK_BT, torch.randint(7, (2, 4)), -100)
+    log_probabilities = logits_BTV.double().log_softmax(-1).numpy()[MASK_BT.numpy()]
+    of_labels = log_probabilities[np.arange(len(log_probabilities)), labels_BT[MASK_BT].numpy()]
+    wanted = -(1 - smoothing) * of_labels.mean() - smoothing * log_probabilities.mean()
+    assert task_loss(with_noise_in_the_padding(logits_BTV), labels_BT, smoothing).item() == pytest.approx(wanted, rel=1e-5)
+    if smoothing:
+        trainers = LabelSmoother(epsilon=smoothing)(Seq2SeqLMOutput(logits=logits_BTV), labels_BT.clone())
+        assert trainers.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_padding_alone_has_no_loss():
+    nothing = torch.zeros(2, 4, dtype=torch.bool)
+    logits, states, maps = torch.randn(2, 4, 7), torch.randn(2, 4, 5), torch.rand(2, 3, 4, 5)
+    assert task_loss(logits, torch.full((2, 4), -100)) == 0
+    assert logit_loss(logits, logits, nothing) == 0
+    assert hidden_state_loss(states, states, nothing) == 0
+    assert attention_loss(maps, maps, nothing) == 0

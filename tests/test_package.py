@@ -21,6 +21,9 @@ ROOMS = [
     "modeling_modular_t5",
     "replacing",
     "distillation",
+    "recording",
+    "adapters",
+    "training_args",
     "trainer",
     "frontier",
 ]
@@ -58,9 +61,9 @@ def test_arrows_point_down(room):
 
 
 @pytest.mark.parametrize("room", SHIPPED)
-def test_what_ships_needs_torch_and_transformers_alone(room):
+def test_what_ships_needs_transformers_and_what_it_needs_alone(room):
     outside, siblings = imports_of(room)
-    assert outside - set(sys.stdlib_module_names) <= {"torch", "transformers"}
+    assert outside - set(sys.stdlib_module_names) <= {"torch", "transformers", "safetensors"}
     assert siblings <= set(SHIPPED)
 
 

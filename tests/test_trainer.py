@@ -1,52 +1,29 @@
 """`ModularTrainer` trains the modules, nothing but the modules, and behaves as a `Seq2SeqTrainer` otherwise."""
 
+import logging
+import math
+import re
+from contextlib import contextmanager
+
 import pytest
 import torch
 from conftest import VOCAB_SIZE, make_teacher
-from datasets import Dataset
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
-from transformers.modeling_outputs import Seq2SeqLMOutput
+from training import collate, logged, make_dataset, make_trainer
+from transformers import AutoTokenizer, EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
 import modular_t5.trainer
 from modular_t5 import ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
 
 
-def pad(rows, value):
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
-
-
-def collate(examples):
-    source = pad([example["input_ids"] for example in examples], 0)
-    return {"input_ids": source, "attention_mask": (source != 0).long(), "labels": pad([e["labels"] for e in examples], -100)}
-
-
-def make_dataset(examples=32):
-    """Copy the source, backwards."""
-    generator = torch.Generator().manual_seed(5)
-    rows = [torch.randint(2, VOCAB_SIZE, (length,), generator=generator).tolist() for length in (3 + i % 5 for i in range(examples))]
-    return Dataset.from_dict({"input_ids": rows, "labels": [[*reversed(row), 1] for row in rows]})
-
-
-def make_trainer(folder, *, bank=None, arguments=ModularTrainingArguments, **changes):
-    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.1)) if bank is None else bank
-    defaults = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    args = arguments(str(folder), **{**defaults, **changes})
-    return ModularTrainer(model=bank, args=args, train_dataset=make_dataset(), eval_dataset=make_dataset(8), data_collator=collate)
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
+@contextmanager
+def propagating(name):
+    """transformers' loggers end below the root, where pytest listens."""
+    logger = logging.getLogger(name)
+    former, logger.propagate = logger.propagate, True
+    try:
+        yield
+    finally:
+        logger.propagate = former
 
 
 def test_training_changes_the_modules_and_never_the_teacher(tmp_path):
@@ -140,10 +117,9 @@ def test_plans_are_drawn_by_seed_and_step_alone(tmp_path):
 def test_each_step_runs_its_plan_and_the_banks_own_returns(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, max_steps=3)
     ran = []
+    recording = modular_t5.trainer.recording
     monkeypatch.setattr(
-        ModularT5ForConditionalGeneration,
-        "using",
-        lambda bank, plan, using=ModularT5ForConditionalGeneration.using: ran.append(str(plan)) or using(bank, plan),
+        modular_t5.trainer, "recording", lambda bank, plan, *rest, **more: ran.append(str(plan)) or recording(bank, plan, *rest, **more)
     )
     trainer.model.set_plan("2x3/2x3")
     trainer.train()
@@ -151,39 +127,27 @@ def test_each_step_runs_its_plan_and_the_banks_own_returns(tmp_path, monkeypatch
     assert str(trainer.model.plan) == "2x3/2x3"
 
 
-def test_an_untouched_encoder_is_not_run_again_and_nothing_changes(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path, bank=ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.0)))
-    bank, batch = trainer.model, collate(list(make_dataset(8)))
-    plan = bank.choose_plan("1x6/3x2")
-    monkeypatch.setattr(trainer, "plan_of_step", lambda step: plan)
-    passes = []
-    bank.encoder.register_forward_hook(lambda *_: passes.append(1))
-    bank.train()
-    loss, student = trainer.compute_loss(bank, batch, return_outputs=True)
-    assert len(passes) == 1
-    with bank.using(plan), torch.no_grad():
-        assert torch.equal(student.logits, bank(**batch).logits)
-    assert loss.requires_grad
-    assert isinstance(student, Seq2SeqLMOutput)
-
-
-def test_accumulated_steps_have_the_loss_of_one_large_step(tmp_path):
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_step_in_parts_is_the_step(smoothing, tmp_path):
+    """Sentences of unlike lengths: a mean of means would differ."""
     losses, norms = [], []
-    for batch_size, accumulation in ((8, 1), (4, 2)):
+    for batch_size, accumulation in ((8, 1), (2, 4)):
         bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.0))
         trainer = make_trainer(
             tmp_path,
             bank=bank,
-            max_steps=1,
+            max_steps=2,
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
+            label_smoothing_factor=smoothing,
+            # Of the encoder's states a batch's share is that of its target tokens, which here are as many as the source's and one.
             hidden_weight=0.0,
         )
-        trainer.train_dataset = Dataset.from_list([{**row} for row in list(make_dataset())[:1] * 32])  # all alike, so means agree
         trainer.train()
-        losses += logged(trainer, "loss")
-        norms += logged(trainer, "grad_norm")
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        losses += [logged(trainer, "loss"), logged(trainer, "logit_loss"), logged(trainer, "task_loss")]
+        norms.append(logged(trainer, "grad_norm"))
+    for whole, parts in zip(losses[:3], losses[3:], strict=True):
+        assert whole == pytest.approx(parts, rel=1e-5)
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
@@ -196,29 +160,364 @@ def test_label_smoothing_changes_the_task_loss(tmp_path):
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
+def of_seq2seq_trainer(folder, bank, plan, **changes):
+    args = Seq2SeqTrainingArguments(str(folder), report_to="none", use_cpu=True, dataloader_pin_memory=False, disable_tqdm=True, **changes)
+    return Seq2SeqTrainer(model=bank.assemble(plan), args=args, data_collator=collate, compute_metrics=share_of_tens)
+
+
+def share_of_tens(prediction):
+    return {"tens": float((prediction.predictions == 10).mean()), "labels": float(prediction.label_ids.sum())}
+
+
+GENERATING = {"predict_with_generate": True, "generation_max_length": 6, "generation_num_beams": 2}
+
+
 @pytest.mark.parametrize("plan", ["1x6/1x6", "2x3/6x1"])
-def test_evaluation_is_that_of_a_seq2seq_trainer_on_the_assembled_model(plan, tmp_path):
-    ours = make_trainer(tmp_path, predict_with_generate=True, generation_max_length=6, generation_num_beams=2)
-    args = Seq2SeqTrainingArguments(
-        str(tmp_path), predict_with_generate=True, generation_max_length=6, generation_num_beams=2, report_to="none", use_cpu=True
-    )
-    stock = Seq2SeqTrainer(model=ours.model.assemble(plan), args=args, data_collator=collate)
+def test_prediction_is_that_of_a_seq2seq_trainer_on_the_assembled_model(plan, tmp_path):
+    ours = make_trainer(tmp_path, **GENERATING)
+    stock = of_seq2seq_trainer(tmp_path, ours.model, plan, **GENERATING)
     ours.model.set_plan(plan)
     mine, theirs = ours.predict(make_dataset(8)), stock.predict(make_dataset(8))
     assert mine.metrics["test_loss"] == theirs.metrics["test_loss"]
     assert (mine.predictions == theirs.predictions).all()
 
 
-def test_saved_checkpoints_load_as_banks_and_resume(tmp_path):
-    whole = make_trainer(tmp_path / "whole", max_steps=4)
-    whole.train()
-    make_trainer(tmp_path / "parts", max_steps=4, save_strategy="steps", save_steps=2).train()
-    resumed = make_trainer(tmp_path / "parts", max_steps=4)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
-    state = resumed.model.state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in whole.model.state_dict().items())
-    again = ModularT5ForConditionalGeneration.from_pretrained(tmp_path / "parts" / "checkpoint-4").state_dict()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
+def test_evaluation_of_each_plan_is_that_of_a_seq2seq_trainer_on_the_assembled_model(tmp_path):
+    ours = make_trainer(tmp_path, trainer_arguments={"compute_metrics": share_of_tens}, **GENERATING)
+    metrics = ours.evaluate()
+    plans = list(map(str, ours.eval_plans))
+    assert plans == ["1x6/1x6", "2x3/2x3", "1x6/6x1", "6x1/6x1"]
+    for name in ("loss", "tens", "labels"):
+        of_plans = []
+        for plan in plans:
+            of_plans.append(of_seq2seq_trainer(tmp_path, ours.model, plan, **GENERATING).evaluate(make_dataset(8))[f"eval_{name}"])
+            assert metrics[f"eval_{plan}_{name}"] == pytest.approx(of_plans[-1], rel=1e-6)
+        assert metrics[f"eval_{name}"] == pytest.approx(sum(of_plans) / 4)
+    assert str(ours.model.plan) == "1x6/1x6"
+    assert len([entry for entry in ours.state.log_history if "eval_loss" in entry]) == 1
+
+
+def test_plans_to_evaluate(tmp_path):
+    chosen = make_trainer(tmp_path, eval_plans=["2x3/3x2"]).evaluate()
+    assert chosen["eval_2x3/3x2_loss"] == chosen["eval_loss"]
+    own = make_trainer(tmp_path, eval_plans=[])
+    own.model.set_plan("2x3/3x2")
+    assert own.evaluate()["eval_loss"] == chosen["eval_loss"]
+    named = make_trainer(tmp_path, eval_plans=["2x3/3x2", "1x6/1x6"])
+    by_dataset = named.evaluate({"short": make_dataset(4), "long": make_dataset(8)})
+    assert by_dataset["eval_long_2x3/3x2_loss"] == chosen["eval_loss"]
+    assert {"eval_short_loss", "eval_short_1x6/1x6_loss"} <= set(by_dataset)
+    with pytest.raises(ValueError, match="uses granularity 4"):
+        make_trainer(tmp_path, eval_plans=["4x1-2x1/1x6"])
+
+
+@pytest.mark.parametrize("metric", ["2x3/2x3_loss", "eval_2x3/2x3_loss", "loss"])
+def test_the_best_model_by_one_plan(metric, tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        learning_rate=0.3,  # so that the last is not the best
+        trainer_arguments={"callbacks": [EarlyStoppingCallback(5)]},
+    )
+    trainer.train()
+    name = metric if metric.startswith("eval_") else f"eval_{metric}"
+    losses = logged(trainer, name)
+    assert len(losses) == 3
+    best = min(losses)
+    assert trainer.state.best_metric == best
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{2 * losses.index(best) + 2}")
+    assert trainer.evaluate()[name] == best
+
+
+def test_a_metric_of_a_plan_that_is_not_evaluated_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="names a plan that is not evaluated; eval_plans are 1x6/1x6, 2x3/2x3"):
+        make_trainer(tmp_path, metric_for_best_model="3x2/3x2_loss")
+
+
+def test_a_prefix_that_is_the_teachers_is_not_run_again_and_nothing_changes(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, bank=ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.0)), attention_weight=1.0)
+    bank, batch = trainer.model, collate(list(make_dataset(8)))
+    for side in ("encoder", "decoder"):
+        getattr(bank, side).config._attn_implementation = "eager"
+    for text in ("1x6/1x4-2x1", "1x4-2x1/1x2-2x2", "3x2/1x6", "6x1/6x1"):
+        plan = bank.choose_plan(text)
+        monkeypatch.setattr(trainer, "plan_of_step", lambda step, plan=plan: plan)
+        ran = []
+        handles = [
+            block.register_forward_hook(lambda *_, name=name, ran=ran: ran.append(name))
+            for name, block in bank.named_modules()
+            if re.fullmatch(r"(en|de)coder\.block\.\d", name)
+        ]
+        bank.train()
+        bank.zero_grad()
+        loss, student = trainer.compute_loss(bank, batch, return_outputs=True)
+        for handle in handles:
+            handle.remove()
+        again = [name for name in ran if ran.count(name) == 2]
+        below = {side: next((start for start, span in plan.blocks(side) if span > 1), 6) for side in ("encoder", "decoder")}
+        reused = {f"encoder.block.{layer}" for layer in range(below["encoder"])}
+        if below["encoder"] == 6:
+            reused |= {f"decoder.block.{layer}" for layer in range(below["decoder"])}
+        assert not reused & set(again), text
+        loss.backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in bank.named_parameters() if parameter.grad is not None}
+        with bank.using(plan):
+            assert torch.equal(student.logits, bank(**batch).logits), text
+            # The same without reuse, from one pass each.
+            bank.zero_grad()
+            wanted = written_out_loss(bank, plan, batch)
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5), text
+        wanted.backward()
+        assert gradients.keys() == {name for name, parameter in bank.named_parameters() if parameter.grad is not None}
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, bank.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+
+
+def written_out_loss(bank, plan, batch):
+    """All four terms from what transformers puts out, raw states at the top by a hook."""
+    tops = {}
+
+    def passes(spans):
+        with bank.using(spans):
+            blocks = [list(getattr(bank, side).block)[-1] for side in ("encoder", "decoder")]
+            handles = [
+                block.register_forward_hook(lambda _, __, output, side=side: tops.__setitem__(side, output[0]))
+                for side, block in zip(("encoder", "decoder"), blocks, strict=True)
+            ]
+            outputs = bank(**batch, output_hidden_states=True, output_attentions=True)
+            for handle in handles:
+                handle.remove()
+            states = {s: [*outputs[f"{s}_hidden_states"][1:-1], tops[s]] for s in ("encoder", "decoder")}
+            return outputs, states
+
+    with torch.no_grad():
+        teacher, its_states = passes(bank.shape.teacher)
+    student, states = passes(plan)
+    target, source = batch["labels"] != -100, batch["attention_mask"].bool()
+    hidden, attention = [], []
+    for side, mask in (("encoder", source), ("decoder", target)):
+        kinds = ["encoder_attentions"] if side == "encoder" else ["decoder_attentions", "cross_attentions"]
+        for block, (start, span) in enumerate(plan.blocks(side)):
+            if span > 1:
+                last = start + span - 1
+                s, t = states[side][block][mask], its_states[side][last][mask]
+                hidden.append(((s - t).square().sum(-1) / t.square().sum(-1)).mean())
+                for kind in kinds:
+                    a, b = (maps.transpose(1, 2)[mask] for maps in (student[kind][block], teacher[kind][last]))
+                    attention.append((a - b).square().sum(-1).mean())
+    log_s, log_t = (logits[target].log_softmax(-1) for logits in (student.logits, teacher.logits))
+    divergence = (log_t.exp() * (log_t - log_s)).sum(-1).mean()
+    return student.loss + divergence + torch.stack(hidden).mean() + torch.stack(attention).mean()
+
+
+def test_gradients_reach_the_modules_of_the_plan_and_nothing_else(tmp_path):
+    trainer = make_trainer(tmp_path)
+    batch = collate(list(make_dataset(8)))
+    for step in range(8):
+        trainer.state.global_step = step
+        trainer.model.train()
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, batch).backward()
+        running = {name for name in trainer.model.parameter_map(trainer.plan_of_step(step)).values() if ".bank." in name}
+        with_gradients = {name for name, parameter in trainer.model.named_parameters() if parameter.grad is not None}
+        assert with_gradients == running
+
+
+def test_without_distillation_no_teacher_runs(tmp_path):
+    trainer = make_trainer(tmp_path, logit_weight=0.0, hidden_weight=0.0)
+    passes = []
+    trainer.model.register_forward_hook(lambda *_: passes.append(1))
+    trainer.train()
+    assert len(passes) == 4
+    assert logged(trainer, "loss") == pytest.approx(logged(trainer, "task_loss"))
+
+
+def test_attention_maps_are_learned_and_said_once_to_need_eager_attention(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, attention_weight=10.0, max_steps=30, learning_rate=3e-3)
+    implementations = []
+    trainer.add_callback(Noting(lambda: implementations.append(trainer.model.encoder.config._attn_implementation)))
+    with caplog.at_level("WARNING"), propagating("modular_t5"):
+        trainer.train()
+    assert sum("eager" in record.message for record in caplog.records) == 1
+    assert set(implementations) == {"eager"}
+    assert trainer.model.encoder.config._attn_implementation == "sdpa"
+    losses = logged(trainer, "attention_loss")
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_attention_maps_are_compared_without_dropout(tmp_path, monkeypatch):
+    """The modules are copies of what they are compared with, so that every map is equal but for dropout below it."""
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.9), initialization="first")
+    trainer = make_trainer(tmp_path, bank=bank, attention_weight=1.0)
+    plan = bank.choose_plan("1x6/1x4-2x1")
+    seen = []
+
+    def note(student, teacher, mask):
+        seen.append(student)
+        return (student - teacher).sum()
+
+    monkeypatch.setattr(modular_t5.trainer, "attention_loss", note)
+    monkeypatch.setattr(trainer, "plan_of_step", lambda step: plan)
+    with trainer._eager_attention():
+        bank.train()
+        trainer.compute_loss(bank, collate(list(make_dataset(8))))
+    for maps in seen:
+        assert torch.allclose(maps.sum(-1), torch.ones(()))
+
+
+def test_the_rate_moves_by_its_schedule(tmp_path):
+    trainer = make_trainer(tmp_path, replacing_rate=0.05, replacing_rate_schedule="linear", max_steps=200)
+    trainer.state.max_steps = 200
+    replaced = [sum(span > 1 for side in ("encoder", "decoder") for span in trainer.plan_of_step(step).spans(side)) for step in range(200)]
+    originals = [
+        sum(span == 1 for side in ("encoder", "decoder") for span in trainer.plan_of_step(step).spans(side)) for step in range(200)
+    ]
+    assert sum(originals[:20]) > 150
+    assert sum(originals[-5:]) == 0 < sum(replaced[-5:])
+
+
+def test_a_curriculum_of_ones_own(tmp_path):
+    trainer = make_trainer(
+        tmp_path, trainer_arguments={"curriculum": lambda granularities, progress: [float(s == 6) for s in granularities]}
+    )
+    assert {str(trainer.plan_of_step(step)) for step in range(50)} == {"6x1/6x1", "1x6/6x1", "6x1/1x6"}
+    with pytest.raises(ValueError, match="each of the granularities"):
+        make_trainer(tmp_path, trainer_arguments={"curriculum": lambda granularities, progress: [1.0]})
+
+
+@pytest.mark.parametrize("family", ["v1.0", "v1.1"])
+def test_norms_and_head_of_the_banks_own(family, tmp_path):
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(family))
+    before = {name: tensor.clone() for name, tensor in bank.state_dict().items()}
+    batch = collate(list(make_dataset(8)))
+    bank.eval()
+    with torch.no_grad():
+        wanted = bank(**batch).logits
+    trainer = make_trainer(tmp_path / "out", bank=bank, train_final_norms=True, train_head=True)
+    trainer.train()
+    after = bank.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if ".bank." not in name)
+    for name in ("encoder.bank.final_layer_norm.weight", "decoder.bank.final_layer_norm.weight", "decoder.bank.lm_head.weight"):
+        assert not torch.equal(after[name], after[name.replace("decoder.bank.lm_head", "lm_head").replace("bank.", "")])
+    bank.eval()
+    bank.save_pretrained(tmp_path / "bank")
+    again = ModularT5ForConditionalGeneration.from_pretrained(tmp_path / "bank")
+    with torch.no_grad():
+        assert torch.equal(bank(**batch).logits, wanted)
+        for plan in ("2x3/2x3", "2x3/1x6", "1x6/6x1"):
+            assembled = bank.assemble(plan)
+            assert sum(parameter.numel() for parameter in assembled.parameters()) == bank.report(plan).total_parameters
+            assembled.save_pretrained(tmp_path / "assembled")
+            reloaded = type(assembled).from_pretrained(tmp_path / "assembled")
+            with bank.using(plan), again.using(plan):
+                logits = bank(**batch).logits
+                assert torch.equal(logits, assembled(**batch).logits)
+                assert torch.equal(logits, again(**batch).logits)
+                torch.testing.assert_close(logits, reloaded(**batch).logits)
+    # Trained on without the options, they stay as they are.
+    further = make_trainer(tmp_path / "out", bank=bank)
+    further.train()
+    assert torch.equal(bank.state_dict()["decoder.bank.lm_head.weight"], after["decoder.bank.lm_head.weight"])
+
+
+class Noting(TrainerCallback):
+    """Calls a function at the end of every step."""
+
+    def __init__(self, note):
+        self.note = note
+
+    def on_step_end(self, *args, **kwargs):
+        self.note()
+
+
+# Its name until transformers 5.19 or so, and its name since.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in ModularTrainingArguments.__dataclass_fields__
+)
+
+
+@pytest.mark.parametrize("attention_weight", [0.0, 1.0])
+def test_gradient_checkpointing_changes_no_gradient(attention_weight, tmp_path):
+    results = []
+    for checkpointing in (False, True):
+        bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.1))
+        trainer = make_trainer(
+            tmp_path, bank=bank, **{CHECKPOINTING: checkpointing}, attention_weight=attention_weight, curriculum="uniform"
+        )
+        trainer.train()
+        results.append([logged(trainer, "loss"), logged(trainer, "grad_norm")])
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-4)
+
+
+def test_gradient_checkpointing_runs_the_originals_again_too(tmp_path):
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher())
+    trainer = make_trainer(tmp_path, bank=bank, max_steps=1, **{CHECKPOINTING: True})
+    plan = bank.choose_plan("3x2/1x6")
+    trainer.plan_of_step = lambda step: plan
+    runs = []
+    for layer, block in enumerate(bank.decoder.block._modules.values()):
+        block.layer[-1].register_forward_pre_hook(lambda *_, layer=layer: runs.append(layer))
+    trainer.train()
+    assert [runs.count(layer) for layer in range(6)] == [3] * 6  # the teacher, the plan, the plan again
+
+
+def test_bf16(tmp_path):
+    trainer = make_trainer(tmp_path, bf16=True, max_steps=30, learning_rate=3e-3)
+    dtypes = set()
+    trainer.model.encoder.bank["2"][0].layer[1].DenseReluDense.wi.register_forward_hook(lambda _, __, output: dtypes.add(output.dtype))
+    trainer.train()
+    assert dtypes == {torch.bfloat16}
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    assert sum(logged(trainer, "loss")[-5:]) < sum(logged(trainer, "loss")[:5])
+
+
+def test_labels_by_their_name(tmp_path):
+    """The Trainer's `label_names`: what `predict` returns as labels."""
+    trainer = make_trainer(tmp_path)
+    assert trainer.label_names == ["labels"]
+    labels = trainer.predict(make_dataset(8)).label_ids
+    assert (labels == collate(list(make_dataset(8)))["labels"].numpy()).all()
+
+
+def test_callbacks_and_reports(tmp_path):
+    seen = []
+
+    class Reporting(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append({**logs})
+
+    trainer = make_trainer(tmp_path, trainer_arguments={"callbacks": [Reporting]})
+    trainer.train()
+    assert [set(entry) for entry in seen[:-1]] == [
+        {"loss", "task_loss", "logit_loss", "hidden_loss", "grad_norm", "learning_rate", "epoch"}
+    ] * 4
+    assert seen[-1]["train_loss"] == pytest.approx(sum(entry["loss"] for entry in seen[:-1]) / 4)
+
+
+def test_a_loss_that_is_none_stops_with_what_broke(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=10)
+    bank = trainer.model
+
+    def break_it():
+        if trainer.state.global_step == 3:
+            with torch.no_grad():
+                for *_, module in bank.modules_of_bank():
+                    module.layer[-1].layer_norm.weight.fill_(float("inf"))
+
+    trainer.add_callback(Noting(break_it))
+    trainer.state.max_steps = 10
+    plan_text = re.escape(str(trainer.plan_of_step(3)))
+    with pytest.raises(FloatingPointError, match=rf"step 3, plan {plan_text}: .*hidden_loss is (nan|inf)"):
+        trainer.train()
+    assert trainer.state.global_step == 3
 
 
 @pytest.mark.parametrize(
@@ -227,6 +526,12 @@ def test_saved_checkpoints_load_as_banks_and_resume(tmp_path):
         ({"replacing_rate": 0.0}, "replacing_rate must be above 0 and at most 1, got 0.0"),
         ({"replacing_rate": 1.5}, "replacing_rate .* got 1.5"),
         ({"curriculum": "hardest"}, "'hardest'; choose one of coarse-to-fine"),
+        ({"replacing_rate_end": 0.9}, "replacing_rate_end=0.9 does nothing while replacing_rate_schedule is constant"),
+        ({"replacing_rate_schedule": "linear", "replacing_rate_end": 0.0}, "replacing_rate_end must be above 0"),
+        ({"replacing_rate_schedule": "steps"}, "unknown replacing_rate_schedule 'steps'; choose one of constant, linear"),
+        ({"attention_weight": -1.0}, "attention_weight .* got -1.0"),
+        ({"ddp_find_unused_parameters": False}, "ddp_find_unused_parameters=False fails"),
+        ({f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, "use_reentrant=True would cut the gradients"),
         ({"temperature": 0.0}, "temperature must be a number above 0, got 0.0"),
         ({"temperature": "1"}, "temperature must be a finite number, got '1'"),
         ({"replacing_rate": True}, "replacing_rate must be a finite number, got True"),
@@ -285,8 +590,49 @@ def test_sources_without_a_mask_or_ids(tmp_path):
     )
 
 
-def test_a_dataset_without_labels_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.data_collator = lambda examples: {k: v for k, v in collate(examples).items() if k != "labels"}
-    with pytest.raises(ValueError, match="training needs labels"):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda batch: batch.pop("labels"), "training needs labels; the batch has"),
+        (lambda batch: batch["labels"].fill_(-100), "labels of the first batch are all padding"),
+        (lambda batch: batch["labels"].fill_(0), "labels of the first batch are all padding"),
+        (lambda batch: batch["input_ids"].fill_(VOCAB_SIZE), "input_ids hold the token 61, the bank's teacher knows 61"),
+        (lambda batch: batch["labels"].fill_(99), "labels hold the token 99"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused_before_the_first_step(spoil, message, tmp_path):
+    def spoiled(examples):
+        batch = collate(examples)
+        spoil(batch)
+        return batch
+
+    trainer = make_trainer(tmp_path, trainer_arguments={"data_collator": spoiled})
+    with pytest.raises(ValueError, match=message):
         trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_batch_of_padding_in_between_teaches_nothing(tmp_path):
+    batches = iter(range(100))
+
+    def third_without_labels(examples):
+        batch = collate(examples)
+        if next(batches) == 2:
+            batch["labels"].fill_(-100)
+        return batch
+
+    trainer = make_trainer(tmp_path, trainer_arguments={"data_collator": third_without_labels}, gradient_accumulation_steps=2)
+    trainer.train()
+    assert all(map(math.isfinite, logged(trainer, "loss")))
+
+
+def test_a_tokenizer_of_another_model_is_refused(pico_tokenizer, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(pico_tokenizer)
+    fitting = ModularT5ForConditionalGeneration.from_t5(make_teacher(vocab_size=len(tokenizer)))
+    make_trainer(tmp_path, bank=fitting, trainer_arguments={"processing_class": tokenizer})
+    small = ModularT5ForConditionalGeneration.from_t5(make_teacher(vocab_size=30))
+    with pytest.raises(ValueError, match=rf"the tokenizer has {len(tokenizer)} tokens, the bank's teacher 30"):
+        make_trainer(tmp_path, bank=small, trainer_arguments={"processing_class": tokenizer})
+    tokenizer.pad_token = "a"
+    with pytest.raises(ValueError, match=r"pads with token \d+, the bank's teacher with 0"):
+        make_trainer(tmp_path, bank=fitting, trainer_arguments={"processing_class": tokenizer})

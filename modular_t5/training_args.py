@@ -1,0 +1,105 @@
+"""`ModularTrainingArguments`: the dials of replacing and distillation."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments
+
+from .replacing import CURRICULA, SCHEDULES
+
+
+# `<term>_weight` weighs what the log calls `<term>_loss`.
+LOSS_WEIGHTS = ("task_weight", "logit_weight", "hidden_weight", "attention_weight")
+
+
+def _choices(table: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name}: {row.description}" for name, row in table.items())
+
+
+@dataclass
+class ModularTrainingArguments(Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` and the dials of replacing and distillation.
+
+    Raises:
+        ValueError: a dial out of its range, one that would do nothing, or weights that leave nothing to learn from.
+    """
+
+    replacing_rate: float = field(
+        default=0.7,
+        metadata={"help": "Probability of a module instead of the original layer at every place where one may start; above 0 to 1."},
+    )
+    replacing_rate_schedule: str = field(
+        default="constant", metadata={"help": f"How the replacing rate moves during training. {_choices(SCHEDULES)}"}
+    )
+    replacing_rate_end: float | None = field(
+        default=None, metadata={"help": "Where a schedule other than constant ends; above 0 to 1, by default 1."}
+    )
+    curriculum: str = field(
+        default="coarse-to-fine", metadata={"help": f"How the odds of the granularities move during training. {_choices(CURRICULA)}"}
+    )
+    task_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy with the labels."})
+    logit_weight: float = field(default=1.0, metadata={"help": "Weight of the KL divergence from the teacher's predictions."})
+    hidden_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the relative squared error of the hidden state at the end of every module."}
+    )
+    attention_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the squared error of every module's attention probabilities. Above 0, attention runs in eager mode."},
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL divergence; above 0."})
+    train_final_norms: bool = field(
+        default=False, metadata={"help": "Train a copy of each side's final norm, used where the side has modules."}
+    )
+    train_head: bool = field(
+        default=False,
+        metadata={"help": "Train a copy of the head, used where the decoder has modules; tied to the embeddings no more, it costs memory."},
+    )
+    eval_plans: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Plans to evaluate under, such as 2x6/2x6. By default the teacher, size-first 2x, speed-first 1.9x and the "
+            "smallest; given without any, the plan that the bank runs."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.replacing_rate_schedule not in SCHEDULES:
+            raise ValueError(f"unknown replacing_rate_schedule {self.replacing_rate_schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        if self.replacing_rate_schedule == "constant" and self.replacing_rate_end not in (None, self.replacing_rate):
+            raise ValueError(
+                f"replacing_rate_end={self.replacing_rate_end!r} does nothing while replacing_rate_schedule is constant; set it to linear"
+            )
+        if self.replacing_rate_end is None:
+            self.replacing_rate_end = self.replacing_rate if self.replacing_rate_schedule == "constant" else 1.0
+        for name in ("replacing_rate", "replacing_rate_end", "temperature", *LOSS_WEIGHTS):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
+        for name in ("replacing_rate", "replacing_rate_end"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)!r}")
+        if self.curriculum not in CURRICULA:
+            raise ValueError(
+                f"unknown curriculum {self.curriculum!r}; choose one of {', '.join(CURRICULA)}, or pass a function of your own as "
+                "ModularTrainer(..., curriculum=function)"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be a number above 0, got {self.temperature!r}")
+        for name in LOSS_WEIGHTS:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
+        if not any(getattr(self, name) for name in LOSS_WEIGHTS):
+            raise ValueError(f"at least one of {', '.join(LOSS_WEIGHTS)} must be above 0")
+        if isinstance(self.eval_plans, str):
+            self.eval_plans = [self.eval_plans]
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the older and the newer name
+            if (getattr(self, name, None) or {}).get("use_reentrant"):
+                raise ValueError(f"{name}: use_reentrant=True would cut the gradients of distillation; leave it False")
+        if self.ddp_find_unused_parameters is False:
+            raise ValueError("ddp_find_unused_parameters=False fails: every step leaves the modules unused that are not in its plan")
+        # The Trainer's own default is True too, but for gradient checkpointing.
+        self.ddp_find_unused_parameters = True
