@@ -56,10 +56,14 @@ class SideRecord:
 
     recorders: dict[int, Recorder] = field(default_factory=dict)
     attention: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    normed: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def state(self, end: int) -> torch.Tensor:
-        """Hidden state after the first `end` original layers, or what stood in for them: batch, tokens, d_model."""
-        return self.recorders[end].passed[0]
+        """Hidden state after the first `end` original layers, or what stood in for them: batch, tokens, d_model.
+
+        At the top of a stack that is after its final norm, as what follows reads it and as transformers puts it out.
+        """
+        return self.normed[end] if end in self.normed else self.recorders[end].passed[0]
 
 
 @contextmanager
@@ -101,6 +105,11 @@ def recording(
                         record.attention[end] = []
                         for handle in _keep_attention(block, record.attention[end]):
                             restoring.callback(handle.remove)
+            if end in ends[side]:
+                handle = stack.final_layer_norm.register_forward_hook(
+                    lambda _, __, output, record=record, top=end: record.normed.__setitem__(top, output)
+                )
+                restoring.callback(handle.remove)
             restoring.callback(setattr, stack.block, "running", stack.block.running)
             stack.block.running = running
         yield records

@@ -3,19 +3,20 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Seq2SeqTrainer, set_seed
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
-from transformers.models.t5.modeling_t5 import T5Attention
+from transformers.models.t5.modeling_t5 import T5Attention, T5Block
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.training_args import ParallelMode
@@ -146,11 +147,31 @@ class ModularTrainer(Seq2SeqTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`."""
         self._sums, self._past_sum, self._last_log, self._checked = {}, 0.0, 0, False
-        with self._eager_attention() if self.args.attention_weight else nullcontext():
+        with self._eager_attention() if self.args.attention_weight else nullcontext(), self._compiled_by_block():
             try:
                 return super().train(*args, **kwargs)
             finally:
                 self.bank.train()  # all of it, as a Trainer leaves a model
+
+    @contextmanager
+    def _compiled_by_block(self) -> Iterator[None]:
+        """With `torch_compile`, compile what all plans are made of: a graph of the whole model would serve one plan only."""
+        plugin = self.accelerator.state.dynamo_plugin
+        if plugin.backend == DynamoBackend.NO:
+            yield
+            return
+        blocks = [module for module in self.bank.modules() if isinstance(module, T5Block)]
+        for block in blocks:
+            block.compile(**plugin.to_kwargs())
+        backend, plugin.backend = plugin.backend, DynamoBackend.NO  # or the Trainer compiles the model around them
+        try:
+            # A block of either side as teacher, below a module, as module, at the bottom, of static and then of varying length.
+            with torch._dynamo.config.patch(recompile_limit=64):
+                yield
+        finally:
+            plugin.backend = backend
+            for block in blocks:
+                block._compiled_call_impl = None
 
     @contextmanager
     def _eager_attention(self) -> Iterator[None]:
@@ -201,7 +222,7 @@ class ModularTrainer(Seq2SeqTrainer):
         self, model: nn.Module, plan: AssemblyPlan, inputs: Mapping[str, Any]
     ) -> tuple[dict[str, torch.Tensor], Seq2SeqLMOutput]:
         """Every term that has a weight, by its name in the log, and what the plan put out."""
-        args, bank, teacher_plan = self.args, self.bank, self._shape.teacher
+        args, bank = self.args, self.bank
         labels = inputs["labels"]
         # Without labels, which the model would compute a loss of its own from.
         passed = {name: value for name, value in inputs.items() if name != "labels"}
@@ -209,24 +230,19 @@ class ModularTrainer(Seq2SeqTrainer):
             passed["decoder_input_ids"] = bank.prepare_decoder_input_ids_from_labels(labels)
         passed |= {"use_cache": False, "return_dict": True}
         module_ends = {side: {start + span for start, span in plan.blocks(side) if span > 1} for side in SIDES}
-        # Up to the first module a plan is the teacher, whose states are taken. The decoder's only where the encoder is the teacher's
-        # altogether, for every layer of it reads the encoder.
-        encoder_is_teacher = plan.encoder == teacher_plan.encoder
-        prefixes = {"encoder": _prefix(plan.encoder), "decoder": _prefix(plan.decoder) if encoder_is_teacher else 0}
-
-        needs_teacher = args.logit_weight or args.hidden_weight or args.attention_weight
         attention = bool(args.attention_weight)
-        replays, reused = {}, {}
+
         bank.eval()
+        replays, reused = {}, {}
+        needs_teacher = args.logit_weight or args.hidden_weight or attention
         if needs_teacher:
-            ends = {side: module_ends[side] | {prefixes[side]} for side in SIDES}
-            with torch.no_grad(), recording(bank, teacher_plan, ends, attention=attention) as of_teacher:
+            shared = _shared_with_teacher(plan)
+            ends = {side: module_ends[side] | {shared[side]} for side in SIDES}
+            with torch.no_grad(), recording(bank, self._shape.teacher, ends, attention=attention) as of_teacher:
                 teacher = model(**passed)
-            if encoder_is_teacher:
+            replays = {side: (layers, Replay(of_teacher[side].recorders[layers].passed)) for side, layers in shared.items() if layers}
+            if shared["encoder"] == len(plan.encoder):
                 reused["encoder_outputs"] = BaseModelOutput(teacher.encoder_last_hidden_state)
-            replays = {side: (length, Replay(of_teacher[side].recorders[length].passed)) for side, length in prefixes.items() if length}
-            if encoder_is_teacher:
-                replays.pop("encoder", None)
         self._set_training_modes(plan)
         with recording(bank, plan, module_ends, replays=replays, attention=attention) as of_student:
             student = model(**passed, **reused)
@@ -301,22 +317,27 @@ class ModularTrainer(Seq2SeqTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As `Trainer.evaluation_loop`; in `evaluate`, one loop a plan, with all metrics in one output."""
-        if not self._evaluating or not self.eval_plans:
+        with self._compiled_by_block():
+            if self._evaluating and self.eval_plans:
+                return self._evaluation_loops(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
             return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+
+    def _evaluation_loops(self, *args: Any) -> EvalLoopOutput:
+        prefix = args[-1]
         metrics: dict[str, float] = {}
         by_name: dict[str, list[float]] = {}
         samples = 0
         for plan in self.eval_plans:
             with self.bank.using(plan):
-                output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+                output = super().evaluation_loop(*args)
             samples += output.num_samples
             for name, value in output.metrics.items():
-                name = name.removeprefix(f"{metric_key_prefix}_")
-                metrics[f"{metric_key_prefix}_{plan}_{name}"] = value
+                name = name.removeprefix(f"{prefix}_")
+                metrics[f"{prefix}_{plan}_{name}"] = value
                 by_name.setdefault(name, []).append(value)
         for name, values in by_name.items():
             if all(isinstance(value, Real) for value in values):
-                metrics[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
+                metrics[f"{prefix}_{name}"] = sum(values) / len(values)
         return EvalLoopOutput(output.predictions, output.label_ids, metrics, samples)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -414,9 +435,13 @@ def _rename(staging: Path, name: str) -> None:
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def _prefix(spans: Sequence[int]) -> int:
-    """Original layers below the first module."""
-    return next((position for position, span in enumerate(spans) if span > 1), len(spans))
+def _shared_with_teacher(plan: AssemblyPlan) -> dict[str, int]:
+    """How many layers of each side, from the bottom, put out in a plan what they put out in the teacher.
+
+    Those below the first module; the decoder's only where the encoder has no module, for each of them reads the encoder.
+    """
+    below = {side: next((start for start, span in plan.blocks(side) if span > 1), len(plan.spans(side))) for side in SIDES}
+    return below if below["encoder"] == len(plan.encoder) else {**below, "decoder": 0}
 
 
 def _mean(terms: list[torch.Tensor]) -> torch.Tensor:

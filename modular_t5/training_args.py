@@ -99,6 +99,8 @@ class ModularTrainingArguments(Seq2SeqTrainingArguments):
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the older and the newer name
             if (getattr(self, name, None) or {}).get("use_reentrant"):
                 raise ValueError(f"{name}: use_reentrant=True would cut the gradients of distillation; leave it False")
+        if self.torch_compile and self.attention_weight:
+            raise ValueError("attention_weight needs what compiled blocks hide; set it to 0 or torch_compile to False")
         if self.ddp_find_unused_parameters is False:
             raise ValueError("ddp_find_unused_parameters=False fails: every step leaves the modules unused that are not in its plan")
         # The Trainer's own default is True too, but for gradient checkpointing.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import VOCAB_SIZE, make_teacher
-from training import collate, logged, make_dataset, make_trainer
+from training import CHECKPOINTING, collate, logged, make_dataset, make_trainer
 from transformers import AutoTokenizer, EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
 import modular_t5.trainer
@@ -280,21 +280,12 @@ def test_a_prefix_that_is_the_teachers_is_not_run_again_and_nothing_changes(tmp_
 
 
 def written_out_loss(bank, plan, batch):
-    """All four terms from what transformers puts out, raw states at the top by a hook."""
-    tops = {}
+    """All four terms from what transformers puts out."""
 
-    def passes(spans):
-        with bank.using(spans):
-            blocks = [list(getattr(bank, side).block)[-1] for side in ("encoder", "decoder")]
-            handles = [
-                block.register_forward_hook(lambda _, __, output, side=side: tops.__setitem__(side, output[0]))
-                for side, block in zip(("encoder", "decoder"), blocks, strict=True)
-            ]
+    def passes(plan):
+        with bank.using(plan):
             outputs = bank(**batch, output_hidden_states=True, output_attentions=True)
-            for handle in handles:
-                handle.remove()
-            states = {s: [*outputs[f"{s}_hidden_states"][1:-1], tops[s]] for s in ("encoder", "decoder")}
-            return outputs, states
+        return outputs, {side: outputs[f"{side}_hidden_states"][1:] for side in ("encoder", "decoder")}
 
     with torch.no_grad():
         teacher, its_states = passes(bank.shape.teacher)
@@ -437,12 +428,6 @@ class Noting(TrainerCallback):
         self.note()
 
 
-# Its name until transformers 5.19 or so, and its name since.
-CHECKPOINTING = next(
-    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in ModularTrainingArguments.__dataclass_fields__
-)
-
-
 @pytest.mark.parametrize("attention_weight", [0.0, 1.0])
 def test_gradient_checkpointing_changes_no_gradient(attention_weight, tmp_path):
     results = []
@@ -477,6 +462,27 @@ def test_bf16(tmp_path):
     assert dtypes == {torch.bfloat16}
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
     assert sum(logged(trainer, "loss")[-5:]) < sum(logged(trainer, "loss")[:5])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it while tracing
+def test_torch_compile_changes_no_loss_and_makes_no_graph_a_plan(tmp_path):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    losses = []
+    for compiled in (False, True):
+        bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.1))
+        backend = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+        trainer = make_trainer(tmp_path, bank=bank, max_steps=24, curriculum="uniform", **backend)
+        trainer.train()
+        losses.append([logged(trainer, "loss"), trainer.evaluate()["eval_loss"]])
+        assert len({str(trainer.plan_of_step(step)) for step in range(24)}) > 12
+    assert losses[0] == losses[1]
+    # Of blocks: were they of plans, there would be one a plan and then a give-up.
+    frames = torch._dynamo.utils.counters["frames"]
+    assert 4 < frames["ok"] == frames["total"] < 64
+    assert not any("OptimizedModule" in type(module).__name__ for module in trainer.model.modules())
+    torch._dynamo.reset()
 
 
 def test_labels_by_their_name(tmp_path):
@@ -532,6 +538,7 @@ def test_a_loss_that_is_none_stops_with_what_broke(tmp_path):
         ({"attention_weight": -1.0}, "attention_weight .* got -1.0"),
         ({"ddp_find_unused_parameters": False}, "ddp_find_unused_parameters=False fails"),
         ({f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, "use_reentrant=True would cut the gradients"),
+        ({"torch_compile": True, "attention_weight": 1.0}, "attention_weight needs what compiled blocks hide"),
         ({"temperature": 0.0}, "temperature must be a number above 0, got 0.0"),
         ({"temperature": "1"}, "temperature must be a finite number, got '1'"),
         ({"replacing_rate": True}, "replacing_rate must be a finite number, got True"),

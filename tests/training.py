@@ -13,6 +13,13 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from modular_t5 import ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
+from modular_t5.storage_modular_t5 import fingerprint
+
+
+# Its name until transformers 5.22 or so, and its name since.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in ModularTrainingArguments.__dataclass_fields__
+)
 
 
 def pad(rows, value):
@@ -55,11 +62,16 @@ def logged(trainer, name):
 
 
 def main():
-    """Train for 15 steps with a checkpoint every 3, from the last one if there is one; SIGKILL where told."""
+    """Train for 15 steps with a checkpoint every 3, from the last one if there is one; SIGKILL where told.
+
+    Every process leaves a `result-RANK.json`: the mean loss, the plans that ran, and a digest of the weights.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kill-at-step", type=int)
     parser.add_argument("--kill-in-checkpoint", type=int)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--arguments", type=json.loads, default={}, help="of the trainer, as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -77,11 +89,21 @@ def main():
                 die()
             super()._save_rng_state(output_dir)
 
-    changes = {"max_steps": 15, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
-    trainer = make_trainer(args.folder, trainer=KilledTrainer, trainer_arguments={"callbacks": [Killing]}, **changes)
+    changes = {"max_steps": 15, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2, **args.arguments}
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=args.dropout))
+    trainer = make_trainer(args.folder, bank=bank, trainer=KilledTrainer, trainer_arguments={"callbacks": [Killing]}, **changes)
     args.folder.mkdir(parents=True, exist_ok=True)
-    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(args.folder))
-    (args.folder / "result.json").write_text(json.dumps({"train_loss": result.metrics["train_loss"]}))
+    plans, loss_terms = [], trainer._loss_terms
+    trainer._loss_terms = lambda model, plan, inputs: plans.append(str(plan)) or loss_terms(model, plan, inputs)
+    trained = trainer.train(resume_from_checkpoint=get_last_checkpoint(args.folder))
+    result = {
+        "train_loss": trained.metrics["train_loss"],
+        "plans": plans,
+        "processes": trainer.accelerator.num_processes,
+        "kind": str(trainer.accelerator.distributed_type),
+        "weights": fingerprint(dict(trainer.bank.named_parameters())),
+    }
+    (args.folder / f"result-{trainer.args.process_index}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""Two processes train what one would, from the same plans, and go on after a kill. gloo on the CPU, by torchrun."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_checkpoints import equal, history
+from transformers.trainer_utils import get_last_checkpoint
+
+
+HERE = Path(__file__).parent
+
+
+def run(folder, *arguments, processes=2):
+    """`training.py` under torchrun; returns its exit status."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [*command, str(HERE / "training.py"), str(folder), *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+def results(folder):
+    return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("result-*.json"))]
+
+
+def log_of(folder):
+    return history(json.loads((Path(folder) / "checkpoint-15" / "trainer_state.json").read_text())["log_history"])
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    status, errors = run(folder)
+    assert status == 0, errors
+    return folder
+
+
+def test_every_process_ran_the_same_plans_and_has_the_same_weights(two):
+    first, second = results(two)
+    assert first["processes"] == second["processes"] == 2
+    assert first["kind"] == "DistributedType.MULTI_CPU"
+    assert len(set(first["plans"])) > 10
+    assert first["plans"] == second["plans"]
+    assert first["weights"] == second["weights"]
+
+
+def test_two_processes_train_as_one_with_their_batches_together(two, tmp_path):
+    """But for dropout, which differs by process, and the encoder's states, of which a batch counts by its target tokens."""
+    comparable = {"max_steps": 6, "logging_steps": 1, "save_steps": 6, "hidden_weight": 0.0}
+    logs = []
+    for processes, batch_size in ((2, 4), (1, 8)):
+        folder = tmp_path / str(processes)
+        arguments = {**comparable, "per_device_train_batch_size": batch_size}
+        status, errors = run(folder, "--dropout", "0", "--arguments", json.dumps(arguments), processes=processes)
+        assert status == 0, errors
+        logs.append(json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())["log_history"])
+    for two_entry, one_entry in zip(*logs, strict=True):
+        for name in ("loss", "task_loss", "logit_loss", "grad_norm", "learning_rate"):
+            if name in one_entry:
+                assert two_entry[name] == pytest.approx(one_entry[name], rel=1e-4), name
+
+
+def test_a_killed_process_stops_all_and_they_go_on_bit_for_bit(two, tmp_path):
+    status, _ = run(tmp_path, "--kill-at-step", "8")
+    assert status != 0
+    assert get_last_checkpoint(tmp_path).endswith("checkpoint-6")
+    status, errors = run(tmp_path)
+    assert status == 0, errors
+    assert equal(*(load_file(folder / "checkpoint-15" / "model.safetensors") for folder in (two, tmp_path)))
+    assert log_of(two) == log_of(tmp_path)
+    assert [result["weights"] for result in results(two)] == [result["weights"] for result in results(tmp_path)]
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_gradient_checkpointing_under_several_processes(tmp_path):
+    """Where the Trainer itself would stop looking for unused parameters."""
+    from training import CHECKPOINTING
+
+    status, errors = run(tmp_path, "--arguments", json.dumps({CHECKPOINTING: True, "max_steps": 6, "save_steps": 6}))
+    assert status == 0, errors
+    first, second = results(tmp_path)
+    assert first["weights"] == second["weights"]
