@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from modular_t5 import AssemblyPlan, ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
-from modular_t5.frontier import Frontier, FrontierPoint, environment, generate_texts, measure_speed
+from modular_t5.frontier import Frontier, FrontierPoint, environment, generate_texts, measure_speed, plot_curves
 
 
 NEXT = """
@@ -82,6 +82,9 @@ class QuickstartArguments:
     batch_size: int = field(default=64, metadata={"help": "Examples a training step."})
     learning_rate: float = field(
         default=2e-3, metadata={"help": "Peak, for the bank. This suits d_model 64 and 128; wider models want less."}
+    )
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "Validation loss of every size each so many steps too, for a picture, curves.png."}
     )
     output_dir: str = field(default="out/quickstart", metadata={"help": "Where the bank, one assembled model and the results go."})
     seed: int = field(default=0, metadata={"help": "Of the data, the teacher, the plans and the batches."})
@@ -128,6 +131,9 @@ def main() -> None:
         model.save_pretrained(out / folder)
         tokenizer.save_pretrained(out / folder)
     validation_loss = losses_by_plan(trainer, plans)
+    if args.eval_steps is not None:
+        curves = {f"eval_{plan}_loss": f"{name} ({plan})" for name, plan in plans.items()}
+        plot_curves(trainer.state.log_history, curves, out / "curves.png", title="One training", ylabel="validation loss")
     print("Validation loss:", ", ".join(f"{name} {loss:.3f}" for name, loss in validation_loss.items()))
 
     say(f"Evaluating {len(plans)} sizes, and their speed")
@@ -245,6 +251,8 @@ def train_bank(
             learning_rate=args.learning_rate,
             per_device_eval_batch_size=args.batch_size,
             eval_plans=[str(plan) for plan in plans.values()],
+            eval_strategy="no" if args.eval_steps is None else "steps",
+            eval_steps=args.eval_steps,
         ),
         train_dataset=tokenized(splits["train"], tokenizer, args),
         eval_dataset=tokenized(splits["validation"], tokenizer, args),

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -205,12 +205,7 @@ class Frontier:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Frontier.plot needs matplotlib: pip install matplotlib") from error
-        figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-        axes = figure.add_subplot()
+        figure, axes = _picture("Frontier.plot")
         sizes = self.points[1:]
         for strategy, colour in zip(dict.fromkeys(point.name.split()[0] for point in sizes), ("C0", "C1", "C2", "C4"), strict=False):
             line = [self.teacher, *(point for point in sizes if point.name.split()[0] == strategy)]
@@ -239,6 +234,42 @@ class Frontier:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
         figure.savefig(path)
+
+
+def plot_curves(
+    log_history: Sequence[Mapping[str, float]], names: Mapping[str, str], path: str | os.PathLike, title: str = "", ylabel: str = "loss"
+) -> None:
+    """What a training logged, by step, a line a name.
+
+    Args:
+        log_history: a Trainer's `state.log_history`.
+        names: what is logged (`"eval_2x3/2x3_loss"`) -> what to call it.
+
+    Raises:
+        ValueError: nothing of it was logged.
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = _picture("plot_curves")
+    for name, label in names.items():
+        logged = [(entry["step"], entry[name]) for entry in log_history if name in entry]
+        if not logged:
+            raise ValueError(f"there is no {name} in the log; it has {', '.join(sorted({key for entry in log_history for key in entry}))}")
+        axes.plot(*zip(*logged, strict=True), ".-", label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel(ylabel)
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def _picture(of: str) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"{of} needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    return figure, figure.add_subplot()
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:

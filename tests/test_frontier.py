@@ -9,7 +9,7 @@ from conftest import make_teacher
 from transformers import AutoTokenizer
 
 from modular_t5 import AssemblyPlan, ModularT5ForConditionalGeneration
-from modular_t5.frontier import Frontier, FrontierPoint, environment, generate_texts, markdown_table, measure_speed
+from modular_t5.frontier import Frontier, FrontierPoint, environment, generate_texts, markdown_table, measure_speed, plot_curves
 
 
 SOURCES = ["three trees", "a", "seven hundred and six large ships", "two books"]
@@ -99,6 +99,14 @@ def test_a_teacher_that_scores_nothing_is_reported_not_divided_by(tmp_path):
     frontier.save(tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text())["points"][1]["kept_percent"] is None
     frontier.plot(tmp_path / "frontier.png")
+
+
+def test_curves(tmp_path):
+    log = [{"step": step, "eval_2x3/2x3_loss": 1 / step} for step in (1, 2, 3)] + [{"step": 3, "train_loss": 0.5}]
+    plot_curves(log, {"eval_2x3/2x3_loss": "2x3/2x3"}, tmp_path / "curves.png", title="A title")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="there is no eval_3x2/3x2_loss in the log; it has eval_2x3/2x3_loss, step, train_loss"):
+        plot_curves(log, {"eval_3x2/3x2_loss": "3x2/3x2"}, tmp_path / "curves.png")
 
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
