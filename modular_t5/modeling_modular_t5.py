@@ -93,8 +93,6 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
             stack = getattr(self, side)
             stack.block = PlannedBlocks(stack.block)
             stack.bank = _module_bank(stack, config.granularities[side])
-            stack.final_layer_norm = SwitchedNorm(config.d_model, eps=config.layer_norm_epsilon)
-        self.lm_head = SwitchedHead(config.d_model, config.vocab_size, bias=False)
         for part in config.own_parts:
             self._register_own_part(part)
         self.set_plan(config.plan)
@@ -208,16 +206,18 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         if kwargs:
             raise ValueError(f"{path} holds modules alone, which load on the CPU and without {', '.join(sorted(kwargs))}")
         config = ModularT5Config.from_pretrained(path, **hub_arguments)
-        if teacher is None:
-            teacher, revision = config.teacher["name_or_path"], config.teacher["revision"]
-            if not os.path.isdir(teacher) and not revision:
-                raise ValueError(
-                    f"{path} holds modules alone, and their teacher {teacher!r} is no folder here and has no revision on the Hub: "
-                    "pass it as from_pretrained(..., teacher=...)"
-                )
+        of_teacher = {"dtype": config.dtype, **_without(hub_arguments, ("revision", "subfolder"))}
+        if isinstance(teacher, nn.Module):
+            of_teacher = {}
+        elif teacher is None:
+            teacher, revision = config.teacher["name_or_path"] or "", config.teacher["revision"]
             if not os.path.isdir(teacher):
-                hub_arguments["revision"] = revision
-        of_teacher = {} if isinstance(teacher, nn.Module) else {"dtype": config.dtype, **_without(hub_arguments, ("subfolder",))}
+                if not revision:
+                    raise ValueError(
+                        f"{path} holds modules alone, and their teacher {teacher!r} is no folder here and has no revision on the Hub: "
+                        "pass it as from_pretrained(..., teacher=...)"
+                    )
+                of_teacher["revision"] = revision
         bank = cls.from_t5(teacher, config.granularities, initialization=config.initialization, **of_teacher)
         if bank.teacher_sha256() != config.teacher["sha256"]:
             raise ValueError(
@@ -332,22 +332,32 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         self.switch_parts(self.plan)
 
     def _register_own_part(self, part: str) -> list[tuple[nn.Module, nn.Module]]:
-        config = self.config
-        if part == "head":
-            self.decoder.bank["lm_head"] = nn.Linear(config.d_model, config.vocab_size, bias=False)
-            return [(self.lm_head, self.decoder.bank["lm_head"])]
+        """Pairs of the teacher's part, now with a switch, and the bank's, its weights not set."""
+        config, pairs = self.config, []
         for side in SIDES:
-            getattr(self, side).bank["final_layer_norm"] = T5LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
-        return [(getattr(self, side).final_layer_norm, getattr(self, side).bank["final_layer_norm"]) for side in SIDES]
+            stack = getattr(self, side)
+            if part == "final_norms":
+                size = {"hidden_size": config.d_model, "eps": config.layer_norm_epsilon}
+                stack.bank["final_layer_norm"], switched = T5LayerNorm(**size), SwitchedNorm(**size)
+                switched.weight = stack.final_layer_norm.weight
+                stack.final_layer_norm = switched
+                pairs.append((switched, stack.bank["final_layer_norm"]))
+            elif side == "decoder":
+                size = {"in_features": config.d_model, "out_features": config.vocab_size, "bias": False}
+                stack.bank["lm_head"], switched = nn.Linear(**size), SwitchedHead(**size)
+                switched.weight = self.lm_head.weight
+                self.lm_head = switched
+                pairs.append((switched, stack.bank["lm_head"]))
+        return pairs
 
     def switch_parts(self, plan: AssemblyPlan) -> None:
         """Run the bank's own norms and head where a plan does. `set_plan` does this too."""
         for side in SIDES:
-            stack = getattr(self, side)
-            own = dict(stack.bank.items()) if set(plan.spans(side)) != {1} else {}
-            stack.final_layer_norm.switch(own.get("final_layer_norm"))
-            if side == "decoder":
-                self.lm_head.switch(own.get("lm_head"))
+            stack, has_modules = getattr(self, side), set(plan.spans(side)) != {1}
+            if "final_norms" in self.config.own_parts:
+                stack.final_layer_norm.switch(stack.bank["final_layer_norm"] if has_modules else None)
+            if "head" in self.config.own_parts and side == "decoder":
+                self.lm_head.switch(stack.bank["lm_head"] if has_modules else None)
 
     def merge_and_unload(self) -> "ModularT5ForConditionalGeneration":
         """Merge LoRA modules into plain ones, in place, and return the bank. Nothing to do for a bank without."""

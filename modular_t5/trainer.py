@@ -127,7 +127,6 @@ class ModularTrainer(Seq2SeqTrainer):
         self._checked = False  # whether a batch was seen to fit
         self._evaluating = False
         self._staging: Path | None = None  # where a checkpoint is being written
-        self._teacher_sha256: str | None = None
 
     @property
     def bank(self) -> ModularT5ForConditionalGeneration:

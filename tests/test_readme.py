@@ -20,20 +20,23 @@ def blocks(language):
 
 
 def test_the_ten_lines_run(tmp_path, monkeypatch, pico_tokenizer):
-    (code,) = blocks("python")
+    ten_lines, dials = blocks("python")
     tokenizer = AutoTokenizer.from_pretrained(pico_tokenizer)
     folder = tmp_path / "google-t5" / "t5-base"
-    make_teacher(vocab_size=len(tokenizer), num_layers=12, num_decoder_layers=12).save_pretrained(folder)
+    teacher = make_teacher(vocab_size=len(tokenizer), num_layers=12, num_decoder_layers=12)
+    teacher.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     monkeypatch.chdir(tmp_path)
     texts = ["one tree", "two trees and a book", "three"]
     train_dataset = Dataset.from_dict({"input_ids": tokenizer(texts).input_ids, "labels": tokenizer(texts[::-1]).input_ids})
-    assert "max_steps=10_000" in code
+    names = {"train_dataset": train_dataset, "teacher": teacher}
     quick = "max_steps=2, report_to='none', disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False"
-    names = {"train_dataset": train_dataset}
-    exec(compile(code.replace("max_steps=10_000", quick), "README.md", "exec"), names)
+    for code in (ten_lines, dials):
+        assert "max_steps=10_000" in code
+        exec(compile(code.replace("max_steps=10_000", quick), "README.md", "exec"), names)
     assert type(names["fast"]) is type(names["small"]) is T5ForConditionalGeneration
     assert (tmp_path / "bank" / "model.safetensors").exists()
+    assert (tmp_path / "lora-bank" / "model.safetensors").stat().st_size < (tmp_path / "bank" / "model.safetensors").stat().st_size
     again = T5ForConditionalGeneration.from_pretrained(tmp_path / "small")
     assert again.num_parameters() == names["small"].num_parameters()
 
@@ -56,8 +59,11 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_the_table_of_training_arguments_is_true():
     defaults = {name: value.default for name, value in modular_t5.ModularTrainingArguments.__dataclass_fields__.items()}
-    rows = re.findall(r"^\| (`replacing_rate`|`curriculum`|`task_weight`.*?|`temperature`) \| (.*?) \|", README, re.MULTILINE)
-    assert len(rows) == 4
+    added = set(modular_t5.ModularTrainingArguments.__annotations__)
+    rows = [
+        row for row in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (.*?) \|", README, re.MULTILINE) if set(re.findall(r"\w+", row[0])) & added
+    ]
+    assert {name for row in rows for name in re.findall(r"\w+", row[0])} == added - {"replacing_rate_end"}  # told with its schedule
     for row in rows:
         for name in re.findall(r"`(\w+)`", row[0]):
             assert str(defaults[name]).removesuffix(".0") == row[1].strip("`"), name
