@@ -285,7 +285,7 @@ class ModularTrainer(Seq2SeqTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, with the mean of every loss term since the last training log."""
-        if "loss" in logs:
+        if "loss" in logs and self._sums:
             # The Trainer's own sums do not survive a restart between two logs.
             sums = {name: self.accelerator.gather(total).mean().item() for name, total in self._sums.items()}
             steps = self.state.global_step - self._last_log

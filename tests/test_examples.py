@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from conftest import make_teacher
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, HfArgumentParser, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5Block
 
 import modular_t5
 
@@ -100,3 +102,13 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
 
     with pytest.raises(ValueError, match=message):
         HfArgumentParser(module.QuickstartArguments).parse_args_into_dataclasses(arguments)
+
+
+def test_the_configurations_for_several_processes_are_ones_that_accelerate_reads():
+    folder = ROOT / "examples" / "distributed"
+    fsdp = load_config_from_file(str(folder / "fsdp.yaml"))
+    assert (fsdp.distributed_type, fsdp.fsdp_config["fsdp_transformer_layer_cls_to_wrap"]) == ("FSDP", T5Block.__name__)
+    deepspeed = json.loads((folder / "deepspeed_zero2.json").read_text())
+    assert deepspeed["zero_optimization"]["stage"] == 2
+    # What the Trainer knows is filled in by the Trainer, so that the two cannot disagree.
+    assert deepspeed["train_micro_batch_size_per_gpu"] == deepspeed["gradient_accumulation_steps"] == "auto"
