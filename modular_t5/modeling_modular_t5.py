@@ -359,6 +359,12 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
             if "head" in self.config.own_parts and side == "decoder":
                 self.lm_head.switch(stack.bank["lm_head"] if has_modules else None)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As `PreTrainedModel.resize_token_embeddings`; a `ValueError` for a bank with a head of its own."""
+        if "head" in self.config.own_parts:
+            raise ValueError("the bank has a head of its own, which would keep its size; resize the teacher before from_t5")
+        return super().resize_token_embeddings(*args, **kwargs)
+
     def merge_and_unload(self) -> "ModularT5ForConditionalGeneration":
         """Merge LoRA modules into plain ones, in place, and return the bank. Nothing to do for a bank without."""
         for path, merged in self._merged_adapters().items():

@@ -7,7 +7,7 @@ ACL 2023, arXiv 2306.02379.
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
@@ -83,10 +83,12 @@ def draw_plan(shape: BankShape, *, seed: int, step: int, progress: float, replac
 
 
 def _checked_odds(odds: Odds, granularities: Sequence[int], progress: float) -> dict[int, float]:
-    given = list(odds(granularities, progress))
-    if len(given) != len(granularities) or not all(math.isfinite(number) and number >= 0 for number in given):
+    given = odds(granularities, progress)
+    given = given if isinstance(given, Mapping) else list(given)
+    fits = not isinstance(given, Mapping) and len(given) == len(granularities)
+    if not fits or not all(number >= 0 for number in given) or not math.isfinite(sum(given)):
         raise ValueError(
-            f"a curriculum gives a number of at least 0 for each of the granularities {tuple(granularities)}, got {given} "
+            f"a curriculum gives a list with a number of at least 0 for each of the granularities {tuple(granularities)}, got {given} "
             f"at a progress of {progress:g}"
         )
     return dict(zip(granularities, given, strict=True))

@@ -28,7 +28,7 @@ from .configuration_modular_t5 import ModularT5Config
 from .distillation import attention_loss, hidden_state_loss, logit_loss, task_loss
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .recording import Replay, recording
-from .replacing import CURRICULA, SCHEDULES, Odds, draw_plan
+from .replacing import CURRICULA, Odds, draw_plan
 from .training_args import LOSS_WEIGHTS, ModularTrainingArguments
 
 
@@ -54,7 +54,7 @@ class ModularTrainer(Seq2SeqTrainer):
 
     `evaluate` runs `eval_plans`: `eval_<plan>_loss` and metrics of each, and `eval_loss` and metrics that are means over the plans.
     `predict` runs the bank's own plan. Checkpoints hold the modules without the teacher, and appear whole or not at all;
-    `save_model` and `push_to_hub` write the whole bank.
+    `save_model` and `push_to_hub` write the whole bank, or the adapters of LoRA modules.
 
     Args:
         model: a `ModularT5ForConditionalGeneration`. The parameters outside its modules are set not to require gradients.
@@ -103,28 +103,30 @@ class ModularTrainer(Seq2SeqTrainer):
         self._shape = model.shape
         self.eval_plans = _checked_eval_plans(args, self._shape)
         self._odds = CURRICULA[args.curriculum].odds if curriculum is None else curriculum
+        if curriculum is not None and args.curriculum != ModularTrainingArguments.curriculum:
+            raise ValueError(f"two curricula are given, the function {curriculum!r} and args.curriculum={args.curriculum!r}; leave one out")
         for progress in (0.0, 0.5, 1.0):  # a curriculum that does not work had better fail here
             self._draw_plan(args, 0, progress)
+        uses_cache = model.config.use_cache
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        model.config.use_cache = uses_cache  # the Trainer turns it off, for good, and for what is assembled too
 
-        model.requires_grad_(False)
+        # From here on nothing is refused but adapters, which leave the bank alone then.
         if peft_config is not None:
             set_seed(args.seed)  # adapters start at random
             add_adapters(model, peft_config)
         elif model.config.lora:
             raise ValueError("the bank has LoRA modules; pass their peft_config, or bank.merge_and_unload() first to train all of them")
+        model.requires_grad_(False)
         for part, wanted in (("final_norms", args.train_final_norms), ("head", args.train_head)):
             if wanted:
                 model.add_own_part(part)
         trained = model.module_tensors(dict(model.named_parameters()))
         for name, parameter in trained.items():
             parameter.requires_grad_(_trains(name, args))
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         # The losses here count tokens over the whole step, as those of models do that accept `num_items_in_batch`.
         self.model_accepts_loss_kwargs = True
-        self._sums: dict[str, torch.Tensor] = {}  # of the loss and each of its terms, since the last log
-        self._past_sum = 0.0  # of the loss, before
-        self._last_log = 0  # its step
-        self._checked = False  # whether a batch was seen to fit
+        self._reset_sums()
         self._evaluating = False
         self._staging: Path | None = None  # where a checkpoint is being written
 
@@ -136,21 +138,38 @@ class ModularTrainer(Seq2SeqTrainer):
     # -- a step ------------------------------------------------------------------------------------------------------------
 
     def plan_of_step(self, step: int) -> AssemblyPlan:
-        """The plan that runs in an optimizer step, of the same training, counted from 0."""
-        return self._draw_plan(self.args, step, min(step / max(self.state.max_steps - 1, 1), 1.0))
+        """The plan that runs in an optimizer step, counted from 0.
+
+        Raises:
+            ValueError: the length of the training is not known yet: before `train()`, without `max_steps`.
+        """
+        steps = self.state.max_steps or self.args.max_steps
+        if steps <= 0:
+            raise ValueError("plans depend on the length of the training, which is not known before train(); set max_steps")
+        return self._draw_plan(self.args, step, min(step / max(steps - 1, 1), 1.0))
 
     def _draw_plan(self, args: ModularTrainingArguments, step: int, progress: float) -> AssemblyPlan:
-        rate = SCHEDULES[args.replacing_rate_schedule].rate(args.replacing_rate, args.replacing_rate_end, progress)
+        rate = args.replacing_rate_at(progress)
         return draw_plan(self._shape, seed=args.seed, step=step, progress=progress, replacing_rate=rate, odds=self._odds)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`."""
-        self._sums, self._past_sum, self._last_log, self._checked = {}, 0.0, 0, False
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is whole."""
+        run = Path(self.args.output_dir)
+        self._clear_unfinished(run)
+        if resume_from_checkpoint is True:
+            whole = [path for path in run.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).exists()]
+            if not whole:
+                raise ValueError(f"there is no checkpoint in {run} to resume from")
+            resume_from_checkpoint = str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
         with self._eager_attention() if self.args.attention_weight else nullcontext(), self._compiled_by_block():
             try:
-                return super().train(*args, **kwargs)
+                return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
                 self.bank.train()  # all of it, as a Trainer leaves a model
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._reset_sums()  # here, for with auto_find_batch_size this is what starts anew
+        return super()._inner_training_loop(*args, **kwargs)
 
     @contextmanager
     def _compiled_by_block(self) -> Iterator[None]:
@@ -194,6 +213,8 @@ class ModularTrainer(Seq2SeqTrainer):
     ) -> Any:
         """The loss of a random plan in training; in evaluation the task's, of the plan that the bank runs."""
         if not model.training:
+            if self.label_smoother is not None and "labels" in inputs:  # which the Trainer will then not pass on
+                inputs = self._with_decoder_inputs(inputs)
             return super().compute_loss(model, inputs, return_outputs)
         if not self._checked:
             _check_batch(inputs, self.bank.config)
@@ -206,9 +227,10 @@ class ModularTrainer(Seq2SeqTrainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             share = share * self.accelerator.num_processes  # the tokens of all, and gradients are averaged
         terms = {name: term * share for name, term in terms.items()}
+        if num_items_in_batch == 0:
+            raise ValueError(f"step {self.state.global_step}: its labels are all padding; take such examples out of the data")
         loss = sum(getattr(self.args, name.replace("_loss", "_weight")) * term for name, term in terms.items())
-        for name, term in {"loss": loss, **terms}.items():
-            self._sums[name] = self._sums.get(name, 0) + term.detach().float()
+        self._count({"loss": loss, **terms})
         if not torch.isfinite(loss):
             broken = {name: term.item() for name, term in terms.items() if not torch.isfinite(term)} or {"loss": loss.item()}
             raise FloatingPointError(
@@ -224,9 +246,8 @@ class ModularTrainer(Seq2SeqTrainer):
         args, bank = self.args, self.bank
         labels = inputs["labels"]
         # Without labels, which the model would compute a loss of its own from.
-        passed = {name: value for name, value in inputs.items() if name != "labels"}
-        if "decoder_input_ids" not in passed and "decoder_inputs_embeds" not in passed:
-            passed["decoder_input_ids"] = bank.prepare_decoder_input_ids_from_labels(labels)
+        passed = self._with_decoder_inputs(inputs)
+        del passed["labels"]
         passed |= {"use_cache": False, "return_dict": True}
         module_ends = {side: {start + span for start, span in plan.blocks(side) if span > 1} for side in SIDES}
         attention = bool(args.attention_weight)
@@ -267,6 +288,12 @@ class ModularTrainer(Seq2SeqTrainer):
             )
         return terms, student
 
+    def _with_decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of the inputs, in which T5's decoder inputs are not left to be made of labels."""
+        if "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs:
+            return dict(inputs)
+        return {**inputs, "decoder_input_ids": self.bank.prepare_decoder_input_ids_from_labels(inputs["labels"])}
+
     def _set_training_modes(self, plan: AssemblyPlan) -> None:
         """After `bank.eval()`: dropout in the plan's modules, nowhere else. So it stays until gradients are computed."""
         bank = self.bank
@@ -283,18 +310,38 @@ class ModularTrainer(Seq2SeqTrainer):
                         if isinstance(module, T5Attention):
                             module.training = False  # probabilities with holes would not be comparable
 
+    # -- the log -----------------------------------------------------------------------------------------------------------
+
+    def _reset_sums(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}  # of the loss and each of its terms, over the steps since the last log
+        self._step_sums: dict[str, torch.Tensor] = {}  # the same of the latest step, which may not be finished
+        self._summed_step = 0
+        self._past_sum = 0.0  # of the loss, before the last log
+        self._last_log = 0  # its step
+        self._checked = False  # whether a batch was seen to fit
+
+    def _count(self, terms: Mapping[str, torch.Tensor]) -> None:
+        if self._summed_step != self.state.global_step:
+            self._sums, self._step_sums, self._summed_step = self._finished_sums(), {}, self.state.global_step
+        for name, term in terms.items():
+            self._step_sums[name] = self._step_sums.get(name, 0) + term.detach().float()
+
+    def _finished_sums(self) -> dict[str, torch.Tensor]:
+        if self._summed_step == self.state.global_step:  # the step counts when it is done
+            return self._sums
+        return {name: total + self._sums.get(name, 0) for name, total in self._step_sums.items()} or self._sums
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, with the mean of every loss term since the last training log."""
-        if "loss" in logs and self._sums:
+        sums = {name: self.accelerator.gather(total).mean().item() for name, total in self._finished_sums().items()}
+        if {"loss", "learning_rate"} <= logs.keys() and sums:
             # The Trainer's own sums do not survive a restart between two logs.
-            sums = {name: self.accelerator.gather(total).mean().item() for name, total in self._sums.items()}
             steps = self.state.global_step - self._last_log
             logs.update({name: total / steps for name, total in sums.items()})
             self._past_sum += sums["loss"]
-            self._sums, self._last_log = {}, self.state.global_step
-        if "train_loss" in logs and self.state.global_step:
-            rest = self.accelerator.gather(self._sums["loss"]).mean().item() if self._sums else 0.0
-            logs["train_loss"] = (self._past_sum + rest) / self.state.global_step
+            self._sums, self._step_sums, self._last_log = {}, {}, self.state.global_step
+        elif "train_loss" in logs and self.state.global_step:
+            logs["train_loss"] = (self._past_sum + sums.get("loss", 0.0)) / self.state.global_step
         super().log(logs, *args, **kwargs)
 
     # -- evaluation --------------------------------------------------------------------------------------------------------
@@ -349,10 +396,9 @@ class ModularTrainer(Seq2SeqTrainer):
         run = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         final, staging = run / name, run / f".writing-{name}"
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed here
+        self._clear_unfinished(run)
         self.accelerator.wait_for_everyone()
-        sums = {key: self.accelerator.gather(total.reshape(1)).tolist() for key, total in self._sums.items()}
+        sums = {key: self.accelerator.gather(total.reshape(1)).tolist() for key, total in self._finished_sums().items()}
         former_best, self._staging = self.state.best_model_checkpoint, staging
         try:
             super()._save_checkpoint(model, trial)
@@ -379,6 +425,15 @@ class ModularTrainer(Seq2SeqTrainer):
                 use_mtime=True,
             )
 
+    def _clear_unfinished(self, run: Path) -> None:
+        """Take away what a process left that was killed while writing a checkpoint; finish the last move, if that was all that was left."""
+        if self.args.should_save:
+            for staging in run.glob(".writing-checkpoint-*"):
+                name = staging.name.removeprefix(".writing-")
+                if (staging / "replaced").exists() and (staging / name).exists():
+                    _rename(staging, name)
+                shutil.rmtree(staging, ignore_errors=True)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # else it has not got its name yet
             super()._push_from_checkpoint(checkpoint_folder)
@@ -389,6 +444,10 @@ class ModularTrainer(Seq2SeqTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         config = ModularT5Config.from_pretrained(resume_from_checkpoint)
+        for name in ("granularities", "initialization", "own_parts", "lora"):
+            theirs, ours = getattr(config, name), getattr(self.bank.config, name)
+            if theirs != ours:
+                raise ValueError(f"{resume_from_checkpoint} is of another bank: its {name} is {theirs}, this one's {ours}")
         saved, ours = (config.teacher or {}).get("sha256"), self.bank.teacher_sha256()
         if config.modules_only and saved != ours:
             raise ValueError(
@@ -411,7 +470,10 @@ class ModularTrainer(Seq2SeqTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         path = Path(checkpoint) / _SUMS_FILE if checkpoint else None
         if path is not None and path.exists():
-            written = json.loads(path.read_text())
+            try:
+                written = json.loads(path.read_text())
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} is torn ({error}); resume from an earlier checkpoint") from error
             self._past_sum, self._last_log = written["past_sum"], written["last_log"]
             for name, totals in written["sums"].items():
                 total = totals[self.args.process_index] if len(totals) == self.args.world_size else sum(totals) / len(totals)
@@ -470,11 +532,14 @@ def _check_batch(inputs: Mapping[str, Any], config: ModularT5Config) -> None:
         raise ValueError("the labels of the first batch are all padding; nothing can be learned from them")
     for name in ("input_ids", "labels"):
         ids = inputs.get(name)
-        if ids is not None and ids.max() >= config.vocab_size:
-            raise ValueError(
-                f"{name} hold the token {ids.max().item()}, the bank's teacher knows {config.vocab_size}: "
-                "the data was made with another tokenizer"
-            )
+        if ids is None:
+            continue
+        for token in (ids[ids != -100].max().item(), ids[ids != -100].min().item()):
+            if not 0 <= token < config.vocab_size:
+                raise ValueError(
+                    f"{name} hold the token {token}, the bank's teacher knows 0 to {config.vocab_size - 1}: "
+                    "the data was made with another tokenizer, or padded with another number than -100"
+                )
 
 
 def _checked_eval_plans(args: ModularTrainingArguments, shape: BankShape) -> tuple[AssemblyPlan, ...]:
@@ -490,7 +555,7 @@ def _checked_eval_plans(args: ModularTrainingArguments, shape: BankShape) -> tup
         chosen = [shape.check(AssemblyPlan.from_any(plan)) for plan in args.eval_plans]
     plans = tuple(dict.fromkeys(chosen))
     metric = args.metric_for_best_model
-    if metric is not None and "/" in metric and not any(f"{plan}_" in metric for plan in plans):
+    if metric is not None and "/" in metric and not any(f"_{plan}_" in f"_{metric}" for plan in plans):
         raise ValueError(
             f"metric_for_best_model={metric!r} names a plan that is not evaluated; eval_plans are {', '.join(map(str, plans))}"
         )

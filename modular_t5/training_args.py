@@ -61,7 +61,7 @@ class ModularTrainingArguments(Seq2SeqTrainingArguments):
         default=None,
         metadata={
             "help": "Plans to evaluate under, such as 2x6/2x6. By default the teacher, size-first 2x, speed-first 1.9x and the "
-            "smallest; given without any, the plan that the bank runs."
+            "smallest; an empty list stands for the plan that the bank runs."
         },
     )
 
@@ -73,14 +73,14 @@ class ModularTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 f"replacing_rate_end={self.replacing_rate_end!r} does nothing while replacing_rate_schedule is constant; set it to linear"
             )
-        if self.replacing_rate_end is None:
-            self.replacing_rate_end = self.replacing_rate if self.replacing_rate_schedule == "constant" else 1.0
         for name in ("replacing_rate", "replacing_rate_end", "temperature", *LOSS_WEIGHTS):
             value = getattr(self, name)
+            if name == "replacing_rate_end" and value is None:
+                continue
             if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value!r}")
         for name in ("replacing_rate", "replacing_rate_end"):
-            if not 0 < getattr(self, name) <= 1:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)!r}")
         if self.curriculum not in CURRICULA:
             raise ValueError(
@@ -94,6 +94,16 @@ class ModularTrainingArguments(Seq2SeqTrainingArguments):
                 raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
         if not any(getattr(self, name) for name in LOSS_WEIGHTS):
             raise ValueError(f"at least one of {', '.join(LOSS_WEIGHTS)} must be above 0")
+        if self.temperature != 1 and not self.logit_weight:
+            raise ValueError(f"temperature={self.temperature!r} does nothing without the loss that it belongs to; set logit_weight above 0")
+        if self.label_smoothing_factor and not self.task_weight:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor!r} trains nothing without the task's loss; set task_weight above 0"
+            )
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                "neftune_noise_alpha does nothing here: the embeddings that it would add noise to are the teacher's; leave it out"
+            )
         if isinstance(self.eval_plans, str):
             self.eval_plans = [self.eval_plans]
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the older and the newer name
@@ -105,3 +115,8 @@ class ModularTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError("ddp_find_unused_parameters=False fails: every step leaves the modules unused that are not in its plan")
         # The Trainer's own default is True too, but for gradient checkpointing.
         self.ddp_find_unused_parameters = True
+
+    def replacing_rate_at(self, progress: float) -> float:
+        """The replacing rate at a progress from 0 to 1."""
+        end = 1.0 if self.replacing_rate_end is None else self.replacing_rate_end
+        return SCHEDULES[self.replacing_rate_schedule].rate(self.replacing_rate, end, progress)

@@ -134,6 +134,23 @@ def test_a_resumed_training_is_the_same_training(tmp_path):
     assert all(".lora_" in name for name in checkpoint)
 
 
+def test_a_second_trainer_goes_on(tmp_path):
+    bank = lora_trainer(tmp_path).model
+    make_trainer(tmp_path, bank=bank, trainer_arguments={"peft_config": lora()}).train()
+    before = bank.module_tensors()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    lora_trainer(tmp_path, bank=bank).train()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in bank.module_tensors().items())
+    with pytest.raises(ValueError, match=r"the peft_config says {'rank': 4, 'scaling': 4.0}; merge_and_unload"):
+        lora_trainer(tmp_path, bank=bank, config=lora(lora_alpha=16))
+
+
+def test_a_checkpoint_of_another_scaling_is_refused(tmp_path):
+    lora_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+    with pytest.raises(ValueError, match=r"of another bank: its lora is .*'scaling': 2.0}, this one's .*'scaling': 16.0}"):
+        lora_trainer(tmp_path, config=lora(lora_alpha=64)).train(resume_from_checkpoint=True)
+
+
 def test_with_norms_and_head_of_its_own(tmp_path):
     teacher = make_teacher()
     bank = ModularT5ForConditionalGeneration.from_t5(teacher)
@@ -157,15 +174,22 @@ def test_the_default_targets_are_pefts_for_t5(tmp_path):
     ("config", "message"),
     [
         (lora(target_modules=["nowhere"]), "no adapter fits into a module"),
-        (lora(use_dora=True), "use_dora does not fit"),
-        (lora(rank_pattern={"q": 2}), "rank_pattern does not fit"),
-        (lora(bias="all"), "leave bias at 'none', got 'all'"),
+        (lora(use_dora=True), "use_dora=True does not fit"),
+        (lora(rank_pattern={"q": 2}), "rank_pattern={'q': 2} does not fit"),
+        (lora(bias="all"), "bias='all' does not fit"),
+        (lora(lora_bias=True), "lora_bias=True does not fit"),
+        (lora(init_lora_weights="pissa"), "init_lora_weights='pissa' changes the layers of the teacher"),
+        (lora(target_modules=r"layer\.1\.DenseReluDense\.wi"), "no adapter fits into a module"),  # of the encoder only
         (IA3Config(), "must be a LoraConfig, got IA3Config"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(config, message, tmp_path):
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher())
+    names = set(bank.state_dict())
     with pytest.raises(ValueError, match=message):
-        lora_trainer(tmp_path, config=config)
+        lora_trainer(tmp_path, bank=bank, config=config)
+    assert set(bank.state_dict()) == names
+    assert not bank.config.lora
 
 
 def test_a_trained_bank_is_refused(tmp_path):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_teacher
-from safetensors.torch import load_file
-from training import logged, make_trainer
+from safetensors.torch import load_file, save_file
+from training import Noting, logged, make_trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from modular_t5 import ModularT5ForConditionalGeneration
@@ -115,11 +115,17 @@ def test_a_checkpoint_of_another_bank_is_refused(tmp_path):
         make_trainer(tmp_path, bank=other_teacher).train(resume_from_checkpoint=True)
     more = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.1))
     more.add_own_part("head")
-    with pytest.raises(ValueError, match="of another bank: 1 of this one's tensors are missing there"):
+    with pytest.raises(ValueError, match=r"of another bank: its own_parts is \[\], this one's \['head'\]"):
         make_trainer(tmp_path, bank=more).train(resume_from_checkpoint=True)
     fewer = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.1), granularities=(2, 3))
-    with pytest.raises(ValueError, match=r"\d+ are unknown here"):
+    with pytest.raises(ValueError, match=r"of another bank: its granularities is .*, this one's "):
         make_trainer(tmp_path, bank=fewer).train(resume_from_checkpoint=True)
+    weights = tmp_path / "checkpoint-6" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["encoder.bank.9.0.layer_norm"] = tensors.pop(next(iter(tensors)))
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 of this one's tensors are missing there .* 1 are unknown here"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_a_torn_checkpoint_is_refused(tmp_path):
@@ -130,6 +136,44 @@ def test_a_torn_checkpoint_is_refused(tmp_path):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match=r"model.safetensors in .*checkpoint-6 is torn"):
         ModularT5ForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-6", teacher=make_teacher())
+
+
+@pytest.mark.parametrize("torn", ["", '{"past_sum": 1'])
+def test_torn_sums_are_named(torn, tmp_path):
+    make_trainer(tmp_path, **SAVING).train()
+    (tmp_path / "checkpoint-6" / "loss_sums.json").write_text(torn)
+    with pytest.raises(ValueError, match=r"loss_sums.json is torn .*; resume from an earlier checkpoint"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_resuming_takes_the_last_that_is_whole(tmp_path):
+    make_trainer(tmp_path, **SAVING).train()
+    (tmp_path / "checkpoint-8").mkdir()
+    resumed = make_trainer(tmp_path, **{**SAVING, "max_steps": 8})
+    steps = []
+    resumed.add_callback(Noting(lambda: steps.append(resumed.state.global_step)))
+    resumed.train(resume_from_checkpoint=True)
+    assert steps == [7, 8]
+    with pytest.raises(ValueError, match=r"there is no checkpoint in .*none to resume from"):
+        make_trainer(tmp_path / "none").train(resume_from_checkpoint=True)
+
+
+def test_a_kill_between_the_two_moves_of_a_checkpoint_is_mended(tmp_path):
+    """Where one of the same name was there before: it was moved aside, and the new one had not got its name yet."""
+    make_trainer(tmp_path, **SAVING).train()
+    final, staging = tmp_path / "checkpoint-6", tmp_path / ".writing-checkpoint-6"
+    shutil.copytree(final, staging / "checkpoint-6")
+    (staging / "checkpoint-6" / "new").touch()
+    final.rename(staging / "replaced")
+    make_trainer(tmp_path, **SAVING).train(resume_from_checkpoint=True)
+    assert (final / "new").exists()
+    assert not staging.exists()
+
+
+def test_what_a_kill_left_is_cleared_whatever_is_saved_next(tmp_path):
+    (tmp_path / ".writing-checkpoint-5" / "checkpoint-5").mkdir(parents=True)
+    make_trainer(tmp_path, **SAVING).train()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
 
 
 def test_old_checkpoints_go_and_the_best_stays(tmp_path):

@@ -1,14 +1,16 @@
 """`ModularTrainer` trains the modules, nothing but the modules, and behaves as a `Seq2SeqTrainer` otherwise."""
 
+import json
 import logging
 import math
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import VOCAB_SIZE, make_teacher
-from training import CHECKPOINTING, collate, logged, make_dataset, make_trainer
+from training import CHECKPOINTING, Noting, collate, logged, make_dataset, make_trainer
 from transformers import AutoTokenizer, EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
 import modular_t5.trainer
@@ -236,8 +238,9 @@ def test_the_best_model_by_one_plan(metric, tmp_path):
 
 
 def test_a_metric_of_a_plan_that_is_not_evaluated_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="names a plan that is not evaluated; eval_plans are 1x6/1x6, 2x3/2x3"):
-        make_trainer(tmp_path, metric_for_best_model="3x2/3x2_loss")
+    for metric in ("3x2/3x2_loss", "12x3/2x3_loss"):
+        with pytest.raises(ValueError, match="names a plan that is not evaluated; eval_plans are 1x6/1x6, 2x3/2x3"):
+            make_trainer(tmp_path, metric_for_best_model=metric)
 
 
 def test_a_prefix_that_is_the_teachers_is_not_run_again_and_nothing_changes(tmp_path, monkeypatch):
@@ -379,8 +382,87 @@ def test_a_curriculum_of_ones_own(tmp_path):
         tmp_path, trainer_arguments={"curriculum": lambda granularities, progress: [float(s == 6) for s in granularities]}
     )
     assert {str(trainer.plan_of_step(step)) for step in range(50)} == {"6x1/6x1", "1x6/6x1", "6x1/1x6"}
-    with pytest.raises(ValueError, match="each of the granularities"):
-        make_trainer(tmp_path, trainer_arguments={"curriculum": lambda granularities, progress: [1.0]})
+    for wrong in ([1.0], {2: 1, 3: 1, 6: 1}, [1e308, 1e308, 1]):
+        with pytest.raises(ValueError, match="each of the granularities"):
+            make_trainer(tmp_path, trainer_arguments={"curriculum": lambda granularities, progress, wrong=wrong: wrong})
+    with pytest.raises(ValueError, match="two curricula are given"):
+        make_trainer(tmp_path, curriculum="uniform", trainer_arguments={"curriculum": lambda granularities, progress: [1, 1, 1]})
+
+
+def test_plans_before_training(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=6)
+    before = [trainer.plan_of_step(step) for step in range(6)]
+    trainer.train()
+    assert before == [trainer.plan_of_step(step) for step in range(6)]
+    by_epochs = make_trainer(tmp_path, max_steps=-1, num_train_epochs=1)
+    with pytest.raises(ValueError, match="not known before train"):
+        by_epochs.plan_of_step(0)
+    by_epochs.train()
+
+
+def test_arguments_can_be_replaced_and_saved(tmp_path):
+    args = ModularTrainingArguments(str(tmp_path), replacing_rate=0.6, report_to="none")
+    assert replace(args, replacing_rate=0.5).replacing_rate_at(1.0) == 0.5
+    assert replace(args, replacing_rate_schedule="linear").replacing_rate_at(1.0) == 1.0
+    assert json.loads(args.to_json_string())["replacing_rate"] == 0.6
+
+
+def test_a_batch_size_that_is_too_large_starts_the_log_anew(tmp_path):
+    wanted = make_trainer(tmp_path, max_steps=3, per_device_train_batch_size=7)
+    wanted.train()
+    trainer = make_trainer(tmp_path, max_steps=3, auto_find_batch_size=True)
+    steps = []
+
+    def too_large():
+        steps.append(1)
+        if len(steps) == 2:
+            raise RuntimeError("CUDA out of memory.")
+
+    trainer.add_callback(Noting(too_large))
+    trainer.train()
+    assert len(steps) == 5
+    losses = logged(trainer, "loss")[-3:]
+    assert logged(trainer, "train_loss")[0] == pytest.approx(sum(losses) / 3)
+    assert all(4 < loss < 8 for loss in losses)
+
+
+def test_ones_own_logs_stay_as_they_are(tmp_path):
+    trainer = make_trainer(tmp_path, logging_steps=4)
+    trainer.log({"loss": 3.0})
+
+    class Logging(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            trainer.log({"loss": 5.0})
+
+    trainer.add_callback(Logging)
+    trainer.train()
+    assert logged(trainer, "loss").count(5.0) == 4
+    assert 4 < next(entry["loss"] for entry in trainer.state.log_history if "task_loss" in entry) < 8
+
+
+def test_label_smoothing_without_decoder_inputs(tmp_path):
+    trainer = make_trainer(tmp_path, label_smoothing_factor=0.1)
+    smoothed = trainer.evaluate()["eval_loss"]
+    assert smoothed != make_trainer(tmp_path).evaluate()["eval_loss"]
+
+
+def test_what_fails_to_build_leaves_the_bank_alone(tmp_path):
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher())
+    with pytest.raises(ValueError, match="eval_dataset"):
+        make_trainer(tmp_path, bank=bank, train_head=True, eval_strategy="epoch", trainer_arguments={"eval_dataset": None})
+    assert not bank.config.own_parts
+
+
+def test_the_cache_is_on_in_what_is_assembled(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    assert trainer.model.assemble("2x3/2x3").config.use_cache
+
+
+def test_a_head_of_its_own_is_not_resized(tmp_path):
+    trainer = make_trainer(tmp_path, train_head=True)
+    with pytest.raises(ValueError, match="resize the teacher before from_t5"):
+        trainer.model.resize_token_embeddings(70)
 
 
 @pytest.mark.parametrize("family", ["v1.0", "v1.1"])
@@ -416,16 +498,6 @@ def test_norms_and_head_of_the_banks_own(family, tmp_path):
     further = make_trainer(tmp_path / "out", bank=bank)
     further.train()
     assert torch.equal(bank.state_dict()["decoder.bank.lm_head.weight"], after["decoder.bank.lm_head.weight"])
-
-
-class Noting(TrainerCallback):
-    """Calls a function at the end of every step."""
-
-    def __init__(self, note):
-        self.note = note
-
-    def on_step_end(self, *args, **kwargs):
-        self.note()
 
 
 @pytest.mark.parametrize("attention_weight", [0.0, 1.0])
@@ -539,6 +611,9 @@ def test_a_loss_that_is_none_stops_with_what_broke(tmp_path):
         ({"ddp_find_unused_parameters": False}, "ddp_find_unused_parameters=False fails"),
         ({f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, "use_reentrant=True would cut the gradients"),
         ({"torch_compile": True, "attention_weight": 1.0}, "attention_weight needs what compiled blocks hide"),
+        ({"temperature": 2.0, "logit_weight": 0.0}, "temperature=2.0 does nothing without the loss"),
+        ({"label_smoothing_factor": 0.1, "task_weight": 0.0}, "label_smoothing_factor=0.1 trains nothing"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha does nothing here"),
         ({"temperature": 0.0}, "temperature must be a number above 0, got 0.0"),
         ({"temperature": "1"}, "temperature must be a finite number, got '1'"),
         ({"replacing_rate": True}, "replacing_rate must be a finite number, got True"),
@@ -603,8 +678,9 @@ def test_sources_without_a_mask_or_ids(tmp_path):
         (lambda batch: batch.pop("labels"), "training needs labels; the batch has"),
         (lambda batch: batch["labels"].fill_(-100), "labels of the first batch are all padding"),
         (lambda batch: batch["labels"].fill_(0), "labels of the first batch are all padding"),
-        (lambda batch: batch["input_ids"].fill_(VOCAB_SIZE), "input_ids hold the token 61, the bank's teacher knows 61"),
+        (lambda batch: batch["input_ids"].fill_(VOCAB_SIZE), "input_ids hold the token 61, the bank's teacher knows 0 to 60"),
         (lambda batch: batch["labels"].fill_(99), "labels hold the token 99"),
+        (lambda batch: batch["labels"].masked_fill_(batch["labels"] == -100, -1), "labels hold the token -1, .* another number than -100"),
     ],
 )
 def test_data_that_does_not_fit_is_refused_before_the_first_step(spoil, message, tmp_path):
@@ -617,6 +693,20 @@ def test_data_that_does_not_fit_is_refused_before_the_first_step(spoil, message,
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_a_step_of_padding_alone_stops_with_the_reason(tmp_path):
+    batches = iter(range(100))
+
+    def third_without_labels(examples):
+        batch = collate(examples)
+        if next(batches) == 2:
+            batch["labels"].fill_(-100)
+        return batch
+
+    trainer = make_trainer(tmp_path, trainer_arguments={"data_collator": third_without_labels})
+    with pytest.raises(ValueError, match="step 2: its labels are all padding"):
+        trainer.train()
 
 
 def test_a_batch_of_padding_in_between_teaches_nothing(tmp_path):

@@ -61,6 +61,16 @@ def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
+class Noting(TrainerCallback):
+    """Calls a function at the end of every step."""
+
+    def __init__(self, note):
+        self.note = note
+
+    def on_step_end(self, *args, **kwargs):
+        self.note()
+
+
 def main():
     """Train for 15 steps with a checkpoint every 3, from the last one if there is one; SIGKILL where told.
 
