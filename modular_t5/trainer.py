@@ -1,29 +1,24 @@
 """`ModularTrainer`: a `Seq2SeqTrainer` that trains a bank by module replacing and distillation."""
 
-import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend
 from peft import LoraConfig
-from safetensors import SafetensorError
 from torch import nn
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Seq2SeqTrainer, set_seed
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from .adapters import add_adapters
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
+from .checkpoints import CheckpointingTrainer
 from .configuration_modular_t5 import ModularT5Config
 from .distillation import attention_loss, hidden_state_loss, logit_loss, task_loss
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
@@ -34,9 +29,6 @@ from .training_args import LOSS_WEIGHTS, ModularTrainingArguments
 
 logger = logging.get_logger(__name__)
 
-# Beside the Trainer's own files in a checkpoint: sums of losses that no log has yet.
-_SUMS_FILE = "loss_sums.json"
-
 
 _REFUSED = {
     "compute_loss_func": f"its loss is the task's cross-entropy and distillation, weighed by {', '.join(LOSS_WEIGHTS)}",
@@ -44,7 +36,7 @@ _REFUSED = {
 }
 
 
-class ModularTrainer(Seq2SeqTrainer):
+class ModularTrainer(CheckpointingTrainer):
     """Trains the modules of a bank; everything else of the bank is the teacher, frozen and without dropout.
 
     Each step runs one random plan in place of the original layers. Its loss is the weighted sum of the task's cross-entropy
@@ -126,14 +118,8 @@ class ModularTrainer(Seq2SeqTrainer):
             parameter.requires_grad_(_trains(name, args))
         # The losses here count tokens over the whole step, as those of models do that accept `num_items_in_batch`.
         self.model_accepts_loss_kwargs = True
-        self._reset_sums()
+        self._checked = False  # whether a batch was seen to fit
         self._evaluating = False
-        self._staging: Path | None = None  # where a checkpoint is being written
-
-    @property
-    def bank(self) -> ModularT5ForConditionalGeneration:
-        """The model without what distributed training and compilation wrap it in."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     # -- a step ------------------------------------------------------------------------------------------------------------
 
@@ -152,24 +138,14 @@ class ModularTrainer(Seq2SeqTrainer):
         rate = args.replacing_rate_at(progress)
         return draw_plan(self._shape, seed=args.seed, step=step, progress=progress, replacing_rate=rate, odds=self._odds)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is whole."""
-        run = Path(self.args.output_dir)
-        self._clear_unfinished(run)
-        if resume_from_checkpoint is True:
-            whole = [path for path in run.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).exists()]
-            if not whole:
-                raise ValueError(f"there is no checkpoint in {run} to resume from")
-            resume_from_checkpoint = str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
+        self._checked = False
         with self._eager_attention() if self.args.attention_weight else nullcontext(), self._compiled_by_block():
             try:
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+                return super().train(*args, **kwargs)
             finally:
                 self.bank.train()  # all of it, as a Trainer leaves a model
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._reset_sums()  # here, for with auto_find_batch_size this is what starts anew
-        return super()._inner_training_loop(*args, **kwargs)
 
     @contextmanager
     def _compiled_by_block(self) -> Iterator[None]:
@@ -230,7 +206,7 @@ class ModularTrainer(Seq2SeqTrainer):
         if num_items_in_batch == 0:
             raise ValueError(f"step {self.state.global_step}: its labels are all padding; take such examples out of the data")
         loss = sum(getattr(self.args, name.replace("_loss", "_weight")) * term for name, term in terms.items())
-        self._count({"loss": loss, **terms})
+        self.loss_sums.add(self.state.global_step, {"loss": loss, **terms})
         if not torch.isfinite(loss):
             broken = {name: term.item() for name, term in terms.items() if not torch.isfinite(term)} or {"loss": loss.item()}
             raise FloatingPointError(
@@ -310,39 +286,17 @@ class ModularTrainer(Seq2SeqTrainer):
                         if isinstance(module, T5Attention):
                             module.training = False  # probabilities with holes would not be comparable
 
-    # -- the log -----------------------------------------------------------------------------------------------------------
-
-    def _reset_sums(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}  # of the loss and each of its terms, over the steps since the last log
-        self._step_sums: dict[str, torch.Tensor] = {}  # the same of the latest step, which may not be finished
-        self._summed_step = 0
-        self._past_sum = 0.0  # of the loss, before the last log
-        self._last_log = 0  # its step
-        self._checked = False  # whether a batch was seen to fit
-
-    def _count(self, terms: Mapping[str, torch.Tensor]) -> None:
-        if self._summed_step != self.state.global_step:
-            self._sums, self._step_sums, self._summed_step = self._finished_sums(), {}, self.state.global_step
-        for name, term in terms.items():
-            self._step_sums[name] = self._step_sums.get(name, 0) + term.detach().float()
-
-    def _finished_sums(self) -> dict[str, torch.Tensor]:
-        if self._summed_step == self.state.global_step:  # the step counts when it is done
-            return self._sums
-        return {name: total + self._sums.get(name, 0) for name, total in self._step_sums.items()} or self._sums
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, with the mean of every loss term since the last training log."""
-        sums = {name: self.accelerator.gather(total).mean().item() for name, total in self._finished_sums().items()}
-        if {"loss", "learning_rate"} <= logs.keys() and sums:
-            # The Trainer's own sums do not survive a restart between two logs.
-            steps = self.state.global_step - self._last_log
-            logs.update({name: total / steps for name, total in sums.items()})
-            self._past_sum += sums["loss"]
-            self._sums, self._step_sums, self._last_log = {}, {}, self.state.global_step
+        # The Trainer's own sums do not survive a restart between two logs.
+        if {"loss", "learning_rate"} <= logs.keys():
+            logs.update(self.loss_sums.log(self.state.global_step, self._mean_of_processes))
         elif "train_loss" in logs and self.state.global_step:
-            logs["train_loss"] = (self._past_sum + sums.get("loss", 0.0)) / self.state.global_step
+            logs["train_loss"] = self.loss_sums.mean_of_all(self.state.global_step, self._mean_of_processes)
         super().log(logs, *args, **kwargs)
+
+    def _mean_of_processes(self, total: torch.Tensor) -> float:
+        return self.accelerator.gather(total).mean().item()
 
     # -- evaluation --------------------------------------------------------------------------------------------------------
 
@@ -386,114 +340,12 @@ class ModularTrainer(Seq2SeqTrainer):
                 metrics[f"{prefix}_{name}"] = sum(values) / len(values)
         return EvalLoopOutput(output.predictions, output.label_ids, metrics, samples)
 
-    # -- checkpoints -------------------------------------------------------------------------------------------------------
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As `Trainer._save_checkpoint`, into a folder that gets its name when all is in it."""
-        run = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        final, staging = run / name, run / f".writing-{name}"
-        self._clear_unfinished(run)
-        self.accelerator.wait_for_everyone()
-        sums = {key: self.accelerator.gather(total.reshape(1)).tolist() for key, total in self._finished_sums().items()}
-        former_best, self._staging = self.state.best_model_checkpoint, staging
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = None
-        best = run / f"checkpoint-{self.state.best_global_step}"
-        self.state.best_model_checkpoint = str(best) if best == final or best.exists() else former_best
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-            written = {"past_sum": self._past_sum, "last_log": self._last_log, "sums": sums}
-            (staging / name / _SUMS_FILE).write_text(json.dumps(written, indent=2))
-            _rename(staging, name)
-        self.accelerator.wait_for_everyone()
-        if self.is_local_process_zero() and (staging / name).exists():  # of another machine, on a disk of its own
-            _rename(staging, name)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _clear_unfinished(self, run: Path) -> None:
-        """Take away what a process left that was killed while writing a checkpoint; finish the last move, if that was all that was left."""
-        if self.args.should_save:
-            for staging in run.glob(".writing-checkpoint-*"):
-                name = staging.name.removeprefix(".writing-")
-                if (staging / "replaced").exists() and (staging / name).exists():
-                    _rename(staging, name)
-                shutil.rmtree(staging, ignore_errors=True)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # else it has not got its name yet
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        # A checkpoint leaves the teacher out; what the user saves is whole.
-        super()._save(output_dir, self.bank.module_tensors(state_dict) if self._staging is not None else state_dict)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        config = ModularT5Config.from_pretrained(resume_from_checkpoint)
-        for name in ("granularities", "initialization", "own_parts", "lora"):
-            theirs, ours = getattr(config, name), getattr(self.bank.config, name)
-            if theirs != ours:
-                raise ValueError(f"{resume_from_checkpoint} is of another bank: its {name} is {theirs}, this one's {ours}")
-        saved, ours = (config.teacher or {}).get("sha256"), self.bank.teacher_sha256()
-        if config.modules_only and saved != ours:
-            raise ValueError(
-                f"{resume_from_checkpoint} was trained for another teacher: its weights have SHA-256 {saved}, this bank's {ours}"
-            )
-        try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{resume_from_checkpoint} is torn or of another bank: {error}") from error
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        missing = [name for name in load_result.missing_keys if name in self.bank.module_tensors()]
-        if missing or load_result.unexpected_keys:
-            raise ValueError(
-                f"the checkpoint is of another bank: {len(missing)} of this one's tensors are missing there "
-                f"{missing[:1]}, {len(load_result.unexpected_keys)} are unknown here {load_result.unexpected_keys[:1]}"
-            )
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        path = Path(checkpoint) / _SUMS_FILE if checkpoint else None
-        if path is not None and path.exists():
-            try:
-                written = json.loads(path.read_text())
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} is torn ({error}); resume from an earlier checkpoint") from error
-            self._past_sum, self._last_log = written["past_sum"], written["last_log"]
-            for name, totals in written["sums"].items():
-                total = totals[self.args.process_index] if len(totals) == self.args.world_size else sum(totals) / len(totals)
-                self._sums[name] = torch.tensor(total, device=self.args.device)
-
 
 def _trains(name: str, args: ModularTrainingArguments) -> bool:
     """Whether a tensor of the bank trains: all but parts of its own that an earlier training made and this one is not to touch."""
     if ".bank.final_layer_norm." in name:
         return args.train_final_norms
     return args.train_head if ".bank.lm_head." in name else True
-
-
-def _rename(staging: Path, name: str) -> None:
-    """Move a finished folder to its place beside the folder that it was written in. A kill leaves an old or a new one, or none."""
-    final, replaced = staging.parent / name, staging / "replaced"
-    if final.exists():
-        os.replace(final, replaced)
-    os.replace(staging / name, final)
-    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _shared_with_teacher(plan: AssemblyPlan) -> dict[str, int]:

@@ -138,7 +138,7 @@ def test_a_torn_checkpoint_is_refused(tmp_path):
         ModularT5ForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-6", teacher=make_teacher())
 
 
-@pytest.mark.parametrize("torn", ["", '{"past_sum": 1'])
+@pytest.mark.parametrize("torn", ["", '{"last_log": 1'])
 def test_torn_sums_are_named(torn, tmp_path):
     make_trainer(tmp_path, **SAVING).train()
     (tmp_path / "checkpoint-6" / "loss_sums.json").write_text(torn)

@@ -22,6 +22,8 @@ ROOMS = [
     "replacing",
     "distillation",
     "recording",
+    "loss_sums",
+    "checkpoints",
     "adapters",
     "training_args",
     "trainer",
