@@ -250,16 +250,17 @@ def plot_curves(
         ImportError: matplotlib is not installed.
     """
     figure, axes = _picture("plot_curves")
-    for name, label in names.items():
+    # matplotlib has ten colours; from the eleventh line on, the marks are others.
+    for index, (name, label) in enumerate(names.items()):
         logged = [(entry["step"], entry[name]) for entry in log_history if name in entry]
         if not logged:
             raise ValueError(f"there is no {name} in the log; it has {', '.join(sorted({key for entry in log_history for key in entry}))}")
-        axes.plot(*zip(*logged, strict=True), ".-", label=label)
+        axes.plot(*zip(*logged, strict=True), "o-" if index < 10 else "x--", markersize=3, color=f"C{index % 10}", label=label)
     axes.set_xlabel("step")
     axes.set_ylabel(ylabel)
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path)
 
 
