@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--teacher", help="for multi30k: folder of a T5 and its tokenizer")
     parser.add_argument("--train_file", help="for multi30k: JSON-lines in the Hub's translation format")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--weigh_every", type=int, default=2, help="count memory and operations of each so many of the steps")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--source_length", type=int, default=64, help="longest of a batch; the shortest has a half")
     parser.add_argument("--target_length", type=int, default=32, help="the same")
@@ -117,16 +118,14 @@ class Stepper:
         self.seconds.append(time.perf_counter() - started)
 
     def weigh(self, batch: dict[str, torch.Tensor], step: int) -> None:
-        """Peak memory and operations of a step, in passes of their own."""
+        """Peak memory and operations of a step, in a pass of its own."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         gc.collect()
-        with peak_memory() as peak:
+        with FlopCounterMode(display=False) as counter, peak_memory() as peak:
             self.forward_and_backward(batch, step)
         self.peaks.append(peak())
-        with FlopCounterMode(display=False) as counter:
-            self.forward_and_backward(batch, step)
         self.operations.append(counter.get_total_flops())
         self.model.zero_grad()
 
@@ -262,7 +261,7 @@ def measured(shape: str, args: argparse.Namespace) -> dict[str, Any]:
                 stepper.time(batch, step)
     for stepper in steppers:
         del stepper.seconds[:2]  # warming up
-    for turn, step in enumerate(tqdm(places, desc=f"{shape}, memory and operations")):
+    for turn, step in enumerate(tqdm(places[:: args.weigh_every], desc=f"{shape}, memory and operations")):
         for stepper in steppers:
             with stepper.setting():
                 stepper.weigh(batches[turn % len(batches)], step)
