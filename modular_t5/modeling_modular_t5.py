@@ -352,12 +352,19 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
 
     def switch_parts(self, plan: AssemblyPlan) -> None:
         """Run the bank's own norms and head where a plan does. `set_plan` does this too."""
+        running = self.own_parts_of(plan)
         for side in SIDES:
-            stack, has_modules = getattr(self, side), set(plan.spans(side)) != {1}
+            stack = getattr(self, side)
             if "final_norms" in self.config.own_parts:
-                stack.final_layer_norm.switch(stack.bank["final_layer_norm"] if has_modules else None)
-            if "head" in self.config.own_parts and side == "decoder":
-                self.lm_head.switch(stack.bank["lm_head"] if has_modules else None)
+                stack.final_layer_norm.switch(stack.bank["final_layer_norm"] if (side, "final_layer_norm") in running else None)
+        if "head" in self.config.own_parts:
+            self.lm_head.switch(self.decoder.bank["lm_head"] if ("decoder", "lm_head") in running else None)
+
+    def own_parts_of(self, plan: AssemblyPlan) -> list[tuple[str, str]]:
+        """`(side, name in its bank)` of the bank's own norms and head that a plan runs: those of sides with modules."""
+        names = {"encoder": ["final_norms"], "decoder": ["final_norms", "head"]}
+        own = [(side, part) for side in SIDES for part in names[side] if part in self.config.own_parts and set(plan.spans(side)) != {1}]
+        return [(side, "lm_head" if part == "head" else "final_layer_norm") for side, part in own]
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As `PreTrainedModel.resize_token_embeddings`; a `ValueError` for a bank with a head of its own."""
@@ -468,11 +475,8 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
                 for name, _ in getattr(self, side).block[start].named_parameters():
                     if name != _BIAS_TABLE:
                         mapping[f"{side}.block.{position}.{name}"] = f"{source}.{name}"
-            if set(plan.spans(side)) != {1}:
-                if "final_norms" in self.config.own_parts:
-                    mapping[f"{side}.final_layer_norm.weight"] = f"{side}.bank.final_layer_norm.weight"
-                if side == "decoder" and "head" in self.config.own_parts:
-                    mapping["lm_head.weight"] = "decoder.bank.lm_head.weight"
+        for side, name in self.own_parts_of(plan):
+            mapping["lm_head.weight" if name == "lm_head" else f"{side}.{name}.weight"] = f"{side}.bank.{name}.weight"
         return mapping
 
     def assemble(self, strategy: PlanLike, ratio: float | None = None, *, share_weights: bool = False) -> T5ForConditionalGeneration:

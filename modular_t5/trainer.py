@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from peft import LoraConfig
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block
@@ -23,6 +24,7 @@ from .configuration_modular_t5 import ModularT5Config
 from .distillation import attention_loss, hidden_state_loss, logit_loss, task_loss
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .recording import Replay, recording
+from .reducing import RunningParameters, trained_ids, watch_running
 from .replacing import CURRICULA, Odds, draw_plan
 from .training_args import LOSS_WEIGHTS, ModularTrainingArguments
 
@@ -120,6 +122,7 @@ class ModularTrainer(CheckpointingTrainer):
         self.model_accepts_loss_kwargs = True
         self._checked = False  # whether a batch was seen to fit
         self._evaluating = False
+        self._running: tuple[DistributedDataParallel, RunningParameters] | None = None
 
     # -- a step ------------------------------------------------------------------------------------------------------------
 
@@ -196,6 +199,8 @@ class ModularTrainer(CheckpointingTrainer):
             _check_batch(inputs, self.bank.config)
             self._checked = True
         plan = self.plan_of_step(self.state.global_step)
+        if isinstance(model, DistributedDataParallel):
+            self._name_running(model, plan)
         terms, outputs = self._loss_terms(model, plan, inputs)
 
         tokens = (inputs["labels"] != -100).sum()
@@ -263,6 +268,14 @@ class ModularTrainer(CheckpointingTrainer):
                 ]
             )
         return terms, student
+
+    def _name_running(self, model: DistributedDataParallel, plan: AssemblyPlan) -> None:
+        """Tell the averaging of gradients what runs."""
+        if self._running is None or self._running[0] is not model:
+            self._running = model, watch_running(model)
+        parts = [module for side in SIDES for module in self.bank.blocks_of(plan, side)]
+        own = [getattr(self.bank, side).bank[name] for side, name in self.bank.own_parts_of(plan)]
+        self._running[1].ids = trained_ids([*parts, *own])
 
     def _with_decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of the inputs, in which T5's decoder inputs are not left to be made of labels."""

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from test_checkpoints import equal, history
 from transformers.trainer_utils import get_last_checkpoint
@@ -52,20 +53,28 @@ def test_every_process_ran_the_same_plans_and_has_the_same_weights(two):
     assert first["weights"] == second["weights"]
 
 
-def test_two_processes_train_as_one_with_their_batches_together(two, tmp_path):
+def test_two_processes_train_as_one_with_their_batches_together(tmp_path):
     """But for dropout, which differs by process, and the encoder's states, of which a batch counts by its target tokens."""
-    comparable = {"max_steps": 6, "logging_steps": 1, "save_steps": 6, "hidden_weight": 0.0}
+    # Wide enough for several buckets, of which a step leaves some out.
+    teacher = json.dumps({"dropout_rate": 0.0, "d_model": 64, "d_ff": 2048})
+    comparable = {"max_steps": 6, "logging_steps": 1, "save_steps": 6, "hidden_weight": 0.0, "ddp_bucket_cap_mb": 1, "learning_rate": 1e-3}
     logs = []
     for processes, batch_size in ((2, 4), (1, 8)):
         folder = tmp_path / str(processes)
-        arguments = {**comparable, "per_device_train_batch_size": batch_size}
-        status, errors = run(folder, "--dropout", "0", "--arguments", json.dumps(arguments), processes=processes)
+        arguments = json.dumps({**comparable, "per_device_train_batch_size": batch_size})
+        status, errors = run(folder, "--teacher", teacher, "--arguments", arguments, processes=processes)
         assert status == 0, errors
         logs.append(json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())["log_history"])
     for two_entry, one_entry in zip(*logs, strict=True):
         for name in ("loss", "task_loss", "logit_loss", "grad_norm", "learning_rate"):
             if name in one_entry:
                 assert two_entry[name] == pytest.approx(one_entry[name], rel=1e-4), name
+    tensors = [load_file(tmp_path / str(processes) / "checkpoint-6" / "model.safetensors") for processes in (2, 1)]
+    for name, tensor in tensors[0].items():
+        torch.testing.assert_close(tensor, tensors[1][name], rtol=1e-3, atol=2e-4)  # a step of AdamW is 1e-3
+    for result in results(tmp_path / "2"):
+        sent, left_out = result["bytes"]
+        assert 0 < sent < left_out
 
 
 def test_a_killed_process_stops_all_and_they_go_on_bit_for_bit(two, tmp_path):

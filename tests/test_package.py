@@ -22,6 +22,7 @@ ROOMS = [
     "replacing",
     "distillation",
     "recording",
+    "reducing",
     "loss_sums",
     "checkpoints",
     "adapters",

@@ -80,7 +80,7 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kill-at-step", type=int)
     parser.add_argument("--kill-in-checkpoint", type=int)
-    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--teacher", type=json.loads, default={}, help="changes of its configuration, as JSON")
     parser.add_argument("--arguments", type=json.loads, default={}, help="of the trainer, as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -100,7 +100,7 @@ def main():
             super()._save_rng_state(output_dir)
 
     changes = {"max_steps": 15, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2, **args.arguments}
-    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=args.dropout))
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(**{"dropout_rate": 0.1, **args.teacher}))
     trainer = make_trainer(args.folder, bank=bank, trainer=KilledTrainer, trainer_arguments={"callbacks": [Killing]}, **changes)
     args.folder.mkdir(parents=True, exist_ok=True)
     plans, loss_terms = [], trainer._loss_terms
@@ -111,6 +111,7 @@ def main():
         "plans": plans,
         "processes": trainer.accelerator.num_processes,
         "kind": str(trainer.accelerator.distributed_type),
+        "bytes": None if trainer._running is None else [trainer._running[1].sent, trainer._running[1].left_out],
         "weights": fingerprint(dict(trainer.bank.named_parameters())),
     }
     (args.folder / f"result-{trainer.args.process_index}.json").write_text(json.dumps(result))
