@@ -27,7 +27,7 @@ from modular_t5.frontier import environment, markdown_table
 
 
 class SendingEverything(ModularTrainer):
-    def _name_running(self, model: Any, plan: Any) -> None:
+    def _watch_running(self, model: Any, plan: Any) -> None:
         pass
 
 

@@ -7,9 +7,8 @@ The distillation: the teacher forward without gradients, a T5 with every second 
 (task, logits, hidden states after every second layer), all of its weights trained. The steps of `ModularTrainer` are spread over a whole
 training, so that its plans are those that a user's training draws. All step in turns on the same batches.
 
-Rows between say what each saving brings: `everything trains` has gradients for all of the bank and keeps every state of both
-passes; `frozen teacher` leaves the gradients of the teacher's weights out; `reuse` replays the teacher where a plan begins with it
-(that, and keeping only the states that are compared, is what the package does).
+Rows between say what each saving brings: `everything trains` has gradients for all of the bank; `frozen teacher` leaves those of the
+teacher's weights out; `reuse`, which is what the package does, replays the teacher where a plan begins with it too.
 
 Memory is what a step allocates at its peak beyond weights, gradients and optimizer state, which are there before it begins: allocations
 of torch's operators on the CPU, `torch.cuda.max_memory_allocated` on a GPU. The floor is the step's floating-point operations at the
@@ -22,7 +21,7 @@ import json
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
@@ -90,7 +89,7 @@ class Stepper:
 
     name: str
     trainer: Seq2SeqTrainer
-    setting: Callable[[], Any] = field(default=lambda: _nothing())
+    setting: Callable[[], Any] = nullcontext
     seconds: list[float] = field(default_factory=list)
     peaks: list[int] = field(default_factory=list)
     operations: list[int] = field(default_factory=list)
@@ -157,22 +156,15 @@ class DistillationTrainer(Seq2SeqTrainer):
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
 def without_reuse(bank: ModularT5ForConditionalGeneration, everything_trains: bool) -> Iterator[None]:
-    """Every plan from its bottom, and, if asked for, gradients for all weights and every state kept."""
+    """Every plan from its bottom, and, if asked for, gradients for the teacher's weights too."""
     teachers = [parameter for name, parameter in bank.named_parameters() if ".bank." not in name and everything_trains]
     for parameter in teachers:
         parameter.requires_grad_(True)
-    bank.config.output_hidden_states = everything_trains
     with patch.object(modular_t5.trainer, "_shared_with_teacher", lambda plan: {"encoder": 0, "decoder": 0}):
         try:
             yield
         finally:
-            bank.config.output_hidden_states = False
             for parameter in teachers:
                 parameter.requires_grad_(False)
                 parameter.grad = None

@@ -29,6 +29,7 @@ def add_adapters(bank: ModularT5ForConditionalGeneration, peft_config: LoraConfi
     """
     if not isinstance(peft_config, LoraConfig):
         raise ValueError(f"peft_config must be a LoraConfig, got {type(peft_config).__name__}")
+    peft_config = copy.copy(peft_config)
     if peft_config.target_modules is None:
         peft_config.target_modules = set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["t5"])
     defaults = LoraConfig()

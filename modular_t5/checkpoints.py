@@ -51,6 +51,8 @@ class CheckpointingTrainer(Seq2SeqTrainer):
             if not whole:
                 raise ValueError(f"there is no checkpoint in {run} to resume from")
             resume_from_checkpoint = str(whole[max(whole)])
+        if resume_from_checkpoint:
+            self._check_bank_of(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,17 +112,16 @@ class CheckpointingTrainer(Seq2SeqTrainer):
         # A checkpoint leaves the teacher out; what the user saves is whole.
         super()._save(output_dir, self.bank.module_tensors(state_dict) if self._staging is not None else state_dict)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        config = ModularT5Config.from_pretrained(resume_from_checkpoint)
+    def _check_bank_of(self, checkpoint: str) -> None:
+        config, own = ModularT5Config.from_pretrained(checkpoint), self.bank.config
         for name in ("granularities", "initialization", "own_parts", "lora"):
-            theirs, ours = getattr(config, name), getattr(self.bank.config, name)
-            if theirs != ours:
-                raise ValueError(f"{resume_from_checkpoint} is of another bank: its {name} is {theirs}, this one's {ours}")
-        saved, ours = (config.teacher or {}).get("sha256"), self.bank.teacher_sha256()
+            if getattr(config, name) != getattr(own, name):
+                raise ValueError(f"{checkpoint} is of another bank: its {name} is {getattr(config, name)}, this one's {getattr(own, name)}")
+        saved, ours = config.teacher["sha256"], self.bank.teacher_sha256()
         if config.modules_only and saved != ours:
-            raise ValueError(
-                f"{resume_from_checkpoint} was trained for another teacher: its weights have SHA-256 {saved}, this bank's {ours}"
-            )
+            raise ValueError(f"{checkpoint} was trained for another teacher: its weights have SHA-256 {saved}, this bank's {ours}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         except (SafetensorError, RuntimeError) as error:

@@ -21,8 +21,8 @@ INITIALIZATIONS = {
     "bottom-first": lambda start, span: 0 if start == 0 else span - 1,
 }
 
-# What a bank may train of its own beside modules.
-OWN_PARTS = ("final_norms", "head")
+# What a bank may train of its own beside modules: part -> its name in a T5 and in the bank.
+OWN_PARTS = {"final_norms": "final_layer_norm", "head": "lm_head"}
 
 # Wider than any T5 by a factor of ten or more. A file that asks for more is refused before memory is taken.
 _LARGEST = {

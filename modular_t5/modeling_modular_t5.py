@@ -11,12 +11,12 @@ Choi, Findings of ACL 2023, arXiv 2306.02379.
 import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, GenerationConfig, MT5ForConditionalGeneration, PreTrainedConfig, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm, T5Stack
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape, PlanLike, PlanReport, resolve_plan
@@ -200,12 +200,14 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
 
     @classmethod
     def _from_modules(cls, path: str | os.PathLike, teacher: Any, **kwargs: Any) -> Any:
-        kwargs = _without(kwargs, (*_AUTO_ARGUMENTS, "config"))
+        kwargs = _without(kwargs, _AUTO_ARGUMENTS)
+        config = kwargs.pop("config", None)
         hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         wants_info, dtype = kwargs.pop("output_loading_info", False), kwargs.pop("dtype", None)
         if kwargs:
             raise ValueError(f"{path} holds modules alone, which load on the CPU and without {', '.join(sorted(kwargs))}")
-        config = ModularT5Config.from_pretrained(path, **hub_arguments)
+        if not isinstance(config, PreTrainedConfig):
+            config = ModularT5Config.from_pretrained(path, **hub_arguments)
         of_teacher = {"dtype": config.dtype, **_without(hub_arguments, ("revision", "subfolder"))}
         if isinstance(teacher, nn.Module):
             of_teacher = {}
@@ -229,6 +231,8 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         bank.load_modules(read_tensors(path, **hub_arguments), lora=config.lora, source=path)
         bank.set_plan(config.plan)
         bank.config.name_or_path = str(path)
+        with suppress(OSError):  # there is none: the teacher's stays
+            bank.generation_config = GenerationConfig.from_pretrained(path, **hub_arguments)
         info = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"), ())
         bank = bank if dtype in (None, "auto") else bank.to(dtype)
         return (bank, info) if wants_info else bank
@@ -244,7 +248,7 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         Raises:
             ValueError: a tensor is missing, unknown, or of another shape. Nothing is changed then.
         """
-        own = {name: parameter for name, parameter in self.named_parameters() if ".bank." in name}
+        own = {name: parameter for name, parameter in self.named_parameters() if _is_bank_tensor(name)}
         if lora:
             downs = {name.partition(".lora_A.")[0]: tensor for name, tensor in tensors.items() if ".lora_A." in name}
             ups = {name.partition(".lora_B.")[0]: tensor for name, tensor in tensors.items() if ".lora_B." in name}
@@ -362,9 +366,12 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
 
     def own_parts_of(self, plan: AssemblyPlan) -> list[tuple[str, str]]:
         """`(side, name in its bank)` of the bank's own norms and head that a plan runs: those of sides with modules."""
-        names = {"encoder": ["final_norms"], "decoder": ["final_norms", "head"]}
-        own = [(side, part) for side in SIDES for part in names[side] if part in self.config.own_parts and set(plan.spans(side)) != {1}]
-        return [(side, "lm_head" if part == "head" else "final_layer_norm") for side, part in own]
+        return [
+            (side, OWN_PARTS[part])
+            for side in SIDES
+            for part in self.config.own_parts
+            if OWN_PARTS[part] in getattr(self, side).bank and set(plan.spans(side)) != {1}
+        ]
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As `PreTrainedModel.resize_token_embeddings`; a `ValueError` for a bank with a head of its own."""
@@ -532,7 +539,12 @@ def _is_bank_tensor(name: str) -> bool:
 
 def _is_module_tensor(name: str) -> bool:
     """Whether a tensor of the bank is in a module, not in a part of its own."""
-    return ".bank.final_layer_norm." not in name and ".bank.lm_head." not in name
+    return own_part_of(name) is None
+
+
+def own_part_of(name: str) -> str | None:
+    """Which of `OWN_PARTS` a tensor of the bank belongs to."""
+    return next((part for part, module in OWN_PARTS.items() if f".bank.{module}." in name), None)
 
 
 def _holds_modules_only(path: Any, kwargs: Mapping[str, Any]) -> bool:

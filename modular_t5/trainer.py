@@ -22,7 +22,7 @@ from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
 from .checkpoints import CheckpointingTrainer
 from .configuration_modular_t5 import ModularT5Config
 from .distillation import attention_loss, hidden_state_loss, logit_loss, task_loss
-from .modeling_modular_t5 import ModularT5ForConditionalGeneration
+from .modeling_modular_t5 import ModularT5ForConditionalGeneration, own_part_of
 from .recording import Replay, recording
 from .reducing import RunningParameters, trained_ids, watch_running
 from .replacing import CURRICULA, Odds, draw_plan
@@ -44,7 +44,8 @@ class ModularTrainer(CheckpointingTrainer):
     Each step runs one random plan in place of the original layers. Its loss is the weighted sum of the task's cross-entropy
     (`task_loss` in the log), the KL divergence from the teacher's predictions (`logit_loss`), the error of the hidden state at the
     end of every span that a module covers (`hidden_loss`) and, if asked for, that of the module's attention probabilities
-    (`attention_loss`). All are means over the tokens of the whole step, however it is cut into batches and processes.
+    (`attention_loss`). All are means over the tokens of the whole step, however it is cut into batches and processes; but of the
+    encoder's states and attention a batch counts by its target tokens.
 
     `evaluate` runs `eval_plans`: `eval_<plan>_loss` and metrics of each, and `eval_loss` and metrics that are means over the plans.
     `predict` runs the bank's own plan. Checkpoints hold the modules without the teacher, and appear whole or not at all;
@@ -112,12 +113,12 @@ class ModularTrainer(CheckpointingTrainer):
         elif model.config.lora:
             raise ValueError("the bank has LoRA modules; pass their peft_config, or bank.merge_and_unload() first to train all of them")
         model.requires_grad_(False)
-        for part, wanted in (("final_norms", args.train_final_norms), ("head", args.train_head)):
-            if wanted:
-                model.add_own_part(part)
-        trained = model.module_tensors(dict(model.named_parameters()))
-        for name, parameter in trained.items():
-            parameter.requires_grad_(_trains(name, args))
+        trained_parts = [part for part, wanted in (("final_norms", args.train_final_norms), ("head", args.train_head)) if wanted]
+        for part in trained_parts:
+            model.add_own_part(part)
+        for name, parameter in model.module_tensors(dict(model.named_parameters())).items():
+            # A part that an earlier training made and this one is not to touch stays as it is.
+            parameter.requires_grad_(own_part_of(name) in (None, *trained_parts))
         # The losses here count tokens over the whole step, as those of models do that accept `num_items_in_batch`.
         self.model_accepts_loss_kwargs = True
         self._checked = False  # whether a batch was seen to fit
@@ -146,7 +147,8 @@ class ModularTrainer(CheckpointingTrainer):
         self._checked = False
         with self._eager_attention() if self.args.attention_weight else nullcontext(), self._compiled_by_block():
             try:
-                return super().train(*args, **kwargs)
+                output = super().train(*args, **kwargs)
+                return output._replace(training_loss=output.metrics["train_loss"])  # of all steps, also those before a restart
             finally:
                 self.bank.train()  # all of it, as a Trainer leaves a model
 
@@ -200,18 +202,23 @@ class ModularTrainer(CheckpointingTrainer):
             self._checked = True
         plan = self.plan_of_step(self.state.global_step)
         if isinstance(model, DistributedDataParallel):
-            self._name_running(model, plan)
+            self._watch_running(model, plan)
         terms, outputs = self._loss_terms(model, plan, inputs)
 
-        tokens = (inputs["labels"] != -100).sum()
-        share = 1.0 if num_items_in_batch is None else tokens / num_items_in_batch
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            share = share * self.accelerator.num_processes  # the tokens of all, and gradients are averaged
+        share = 1.0
+        if num_items_in_batch is not None:
+            of_all = self.args.average_tokens_across_devices or self.accelerator.num_processes == 1
+            if of_all and num_items_in_batch == 0:
+                raise ValueError(f"step {self.state.global_step}: its labels are all padding; take such examples out of the data")
+            share = (inputs["labels"] != -100).sum() / max(num_items_in_batch, 1)
+            if of_all:
+                share = share * self.accelerator.num_processes  # the tokens of all, and gradients are averaged
         terms = {name: term * share for name, term in terms.items()}
-        if num_items_in_batch == 0:
-            raise ValueError(f"step {self.state.global_step}: its labels are all padding; take such examples out of the data")
         loss = sum(getattr(self.args, name.replace("_loss", "_weight")) * term for name, term in terms.items())
         self.loss_sums.add(self.state.global_step, {"loss": loss, **terms})
+        if isinstance(model, DistributedDataParallel) and not {"task_loss", "logit_loss"} & terms.keys():
+            # DDP waits for the gradient of all that its output was made of, and what it calls output is the logits.
+            loss = loss + 0 * outputs.logits.sum()
         if not torch.isfinite(loss):
             broken = {name: term.item() for name, term in terms.items() if not torch.isfinite(term)} or {"loss": loss.item()}
             raise FloatingPointError(
@@ -269,7 +276,7 @@ class ModularTrainer(CheckpointingTrainer):
             )
         return terms, student
 
-    def _name_running(self, model: DistributedDataParallel, plan: AssemblyPlan) -> None:
+    def _watch_running(self, model: DistributedDataParallel, plan: AssemblyPlan) -> None:
         """Tell the averaging of gradients what runs."""
         if self._running is None or self._running[0] is not model:
             self._running = model, watch_running(model)
@@ -352,13 +359,6 @@ class ModularTrainer(CheckpointingTrainer):
             if all(isinstance(value, Real) for value in values):
                 metrics[f"{prefix}_{name}"] = sum(values) / len(values)
         return EvalLoopOutput(output.predictions, output.label_ids, metrics, samples)
-
-
-def _trains(name: str, args: ModularTrainingArguments) -> bool:
-    """Whether a tensor of the bank trains: all but parts of its own that an earlier training made and this one is not to touch."""
-    if ".bank.final_layer_norm." in name:
-        return args.train_final_norms
-    return args.train_head if ".bank.lm_head." in name else True
 
 
 def _shared_with_teacher(plan: AssemblyPlan) -> dict[str, int]:

@@ -47,7 +47,10 @@ class ModularTrainingArguments(Seq2SeqTrainingArguments):
     )
     attention_weight: float = field(
         default=0.0,
-        metadata={"help": "Weight of the squared error of every module's attention probabilities. Above 0, attention runs in eager mode."},
+        metadata={
+            "help": "Weight of the squared error of every module's attention probabilities. Above 0, attention runs in eager mode, and in the "
+            "modules without dropout of its own."
+        },
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL divergence; above 0."})
     train_final_norms: bool = field(
@@ -100,6 +103,8 @@ class ModularTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor!r} trains nothing without the task's loss; set task_weight above 0"
             )
+        if self.train_head and not self.task_weight and not self.logit_weight:
+            raise ValueError("train_head does nothing without a loss of the predictions; set task_weight or logit_weight above 0")
         if self.neftune_noise_alpha is not None:
             raise ValueError(
                 "neftune_noise_alpha does nothing here: the embeddings that it would add noise to are the teacher's; leave it out"

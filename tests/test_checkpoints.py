@@ -13,6 +13,7 @@ import torch
 from conftest import make_teacher
 from safetensors.torch import load_file, save_file
 from training import Noting, logged, make_trainer
+from transformers import AutoModelForSeq2SeqLM
 from transformers.trainer_utils import get_last_checkpoint
 
 from modular_t5 import ModularT5ForConditionalGeneration
@@ -43,7 +44,7 @@ def test_a_resumed_training_is_the_same_training(changes, tmp_path):
     result = resumed.train(resume_from_checkpoint=True)
     assert equal(state_of(whole.model), state_of(resumed.model))
     assert history(whole.state.log_history) == history(resumed.state.log_history)
-    assert result.metrics["train_loss"] == logged(resumed, "train_loss")[0]
+    assert result.training_loss == result.metrics["train_loss"] == logged(resumed, "train_loss")[0]
 
 
 def test_a_checkpoint_holds_the_modules_alone(tmp_path):
@@ -61,6 +62,7 @@ def test_a_checkpoint_and_its_teacher_are_a_bank(tmp_path):
     teacher = make_teacher("v1.1", dropout_rate=0.1)
     teacher.save_pretrained(tmp_path / "teacher")
     bank = ModularT5ForConditionalGeneration.from_t5(tmp_path / "teacher")
+    bank.generation_config.num_beams = 3
     trainer = make_trainer(tmp_path / "out", bank=bank, **SAVING)
     trainer.train()
     bank.set_plan("2x3/6x1")
@@ -70,6 +72,8 @@ def test_a_checkpoint_and_its_teacher_are_a_bank(tmp_path):
     assert equal(state_of(by_name), state_of(trainer.model))
     assert equal(state_of(given), state_of(trainer.model))
     assert not by_name.training
+    assert by_name.generation_config.num_beams == 3
+    assert AutoModelForSeq2SeqLM.from_pretrained(checkpoint, plan="3x2/3x2").plan == bank.choose_plan("3x2/3x2")
     half, info = ModularT5ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16, output_loading_info=True)
     assert half.dtype == torch.bfloat16
     assert not info["missing_keys"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_checkpoints import equal, history
+from training import CHECKPOINTING
 from transformers.trainer_utils import get_last_checkpoint
 
 
@@ -89,11 +90,17 @@ def test_a_killed_process_stops_all_and_they_go_on_bit_for_bit(two, tmp_path):
     assert not list(tmp_path.glob(".writing*"))
 
 
-def test_gradient_checkpointing_under_several_processes(tmp_path):
-    """Where the Trainer itself would stop looking for unused parameters."""
-    from training import CHECKPOINTING
-
-    status, errors = run(tmp_path, "--arguments", json.dumps({CHECKPOINTING: True, "max_steps": 6, "save_steps": 6}))
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {CHECKPOINTING: True},  # where the Trainer itself would stop looking for unused parameters
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "train_head": True, "train_final_norms": True},
+        # No loss reads the logits, which are all that DDP sees of a pass.
+        {"task_weight": 0, "logit_weight": 0, "hidden_weight": 0, "attention_weight": 1, "train_final_norms": True},
+    ],
+)
+def test_other_ways_of_training_under_several_processes(arguments, tmp_path):
+    status, errors = run(tmp_path, "--arguments", json.dumps({**arguments, "max_steps": 6, "save_steps": 6}))
     assert status == 0, errors
     first, second = results(tmp_path)
     assert first["weights"] == second["weights"]

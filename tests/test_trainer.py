@@ -12,6 +12,7 @@ import torch
 from conftest import VOCAB_SIZE, make_teacher
 from training import CHECKPOINTING, Noting, collate, logged, make_dataset, make_trainer
 from transformers import AutoTokenizer, EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import modular_t5.trainer
 from modular_t5 import ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
@@ -559,20 +560,28 @@ def test_torch_compile_changes_no_loss_and_makes_no_graph_a_plan(tmp_path):
 
 def test_labels_by_their_name(tmp_path):
     """The Trainer's `label_names`: what `predict` returns as labels."""
-    trainer = make_trainer(tmp_path)
-    assert trainer.label_names == ["labels"]
-    labels = trainer.predict(make_dataset(8)).label_ids
-    assert (labels == collate(list(make_dataset(8)))["labels"].numpy()).all()
+
+    def with_decoder_inputs(examples):
+        batch = collate(examples)
+        return {**batch, "decoder_input_ids": batch["labels"].clamp(min=0).roll(1, dims=1)}
+
+    batch = with_decoder_inputs(list(make_dataset(8)))
+    trainer = make_trainer(tmp_path, label_names=["labels", "decoder_input_ids"], trainer_arguments={"data_collator": with_decoder_inputs})
+    labels, decoder_inputs = trainer.predict(make_dataset(8)).label_ids
+    assert (labels == batch["labels"].numpy()).all()
+    assert (decoder_inputs == batch["decoder_input_ids"].numpy()).all()
+    trainer.train()
 
 
-def test_callbacks_and_reports(tmp_path):
+def test_reports(tmp_path, monkeypatch):
     seen = []
 
     class Reporting(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
             seen.append({**logs})
 
-    trainer = make_trainer(tmp_path, trainer_arguments={"callbacks": [Reporting]})
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "a_tracker", Reporting)
+    trainer = make_trainer(tmp_path, report_to=["a_tracker"])
     trainer.train()
     assert [set(entry) for entry in seen[:-1]] == [
         {"loss", "task_loss", "logit_loss", "hidden_loss", "grad_norm", "learning_rate", "epoch"}
@@ -613,6 +622,7 @@ def test_a_loss_that_is_none_stops_with_what_broke(tmp_path):
         ({"torch_compile": True, "attention_weight": 1.0}, "attention_weight needs what compiled blocks hide"),
         ({"temperature": 2.0, "logit_weight": 0.0}, "temperature=2.0 does nothing without the loss"),
         ({"label_smoothing_factor": 0.1, "task_weight": 0.0}, "label_smoothing_factor=0.1 trains nothing"),
+        ({"train_head": True, "task_weight": 0.0, "logit_weight": 0.0}, "train_head does nothing without a loss of the predictions"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha does nothing here"),
         ({"temperature": 0.0}, "temperature must be a number above 0, got 0.0"),
         ({"temperature": "1"}, "temperature must be a finite number, got '1'"),

@@ -89,8 +89,9 @@ def main():
         os.kill(os.getpid(), signal.SIGKILL)
 
     class Killing(TrainerCallback):
-        def on_step_end(self, _, state, *rest, **kwargs):
-            if state.global_step == args.kill_at_step:
+        def on_step_end(self, training_args, state, *rest, **kwargs):
+            is_last_process = training_args.process_index == training_args.world_size - 1
+            if state.global_step == args.kill_at_step and is_last_process:
                 die()
 
     class KilledTrainer(ModularTrainer):
@@ -107,7 +108,7 @@ def main():
     trainer._loss_terms = lambda model, plan, inputs: plans.append(str(plan)) or loss_terms(model, plan, inputs)
     trained = trainer.train(resume_from_checkpoint=get_last_checkpoint(args.folder))
     result = {
-        "train_loss": trained.metrics["train_loss"],
+        "train_loss": trained.training_loss,
         "plans": plans,
         "processes": trainer.accelerator.num_processes,
         "kind": str(trainer.accelerator.distributed_type),
