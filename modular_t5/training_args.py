@@ -48,8 +48,8 @@ class ModularTrainingArguments(Seq2SeqTrainingArguments):
     attention_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the squared error of every module's attention probabilities. Above 0, attention runs in eager mode, and in the "
-            "modules without dropout of its own."
+            "help": "Weight of the squared error of every module's attention probabilities. Above 0, attention runs in eager mode, "
+            "and in the modules without dropout of its own."
         },
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL divergence; above 0."})
