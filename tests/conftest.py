@@ -42,6 +42,10 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+def pytest_configure():
+    torch.set_num_threads(1)  # a second thread costs pico models more than it brings
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -78,6 +78,7 @@ def test_two_processes_train_as_one_with_their_batches_together(tmp_path):
         assert 0 < sent < left_out
 
 
+@pytest.mark.slow
 def test_a_killed_process_stops_all_and_they_go_on_bit_for_bit(two, tmp_path):
     status, _ = run(tmp_path, "--kill-at-step", "8")
     assert status != 0
@@ -90,6 +91,7 @@ def test_a_killed_process_stops_all_and_they_go_on_bit_for_bit(two, tmp_path):
     assert not list(tmp_path.glob(".writing*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

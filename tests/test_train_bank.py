@@ -406,6 +406,7 @@ def test_a_metric_that_evaluate_cannot_load_is_said_once(caplog, tmp_path, monke
     assert message.startswith("evaluate cannot load 'sacrebleu', so it is computed without evaluate. FileNotFoundError")
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_same_where_it_loads(tmp_path):
     # In a process and a cache of its own: `evaluate` keeps what it has loaded in both.
     for name, script in (("rouge", ROUGE_SCRIPT), ("sacrebleu", SACREBLEU_SCRIPT)):
