@@ -128,7 +128,8 @@ class CheckpointingTrainer(Seq2SeqTrainer):
             raise ValueError(f"{resume_from_checkpoint} is torn or of another bank: {error}") from error
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        missing = [name for name in load_result.missing_keys if name in self.bank.module_tensors()]
+        own = self.bank.module_tensors()
+        missing = [name for name in load_result.missing_keys if name in own]
         if missing or load_result.unexpected_keys:
             raise ValueError(
                 f"the checkpoint is of another bank: {len(missing)} of this one's tensors are missing there "

@@ -221,10 +221,11 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
                     )
                 of_teacher["revision"] = revision
         bank = cls.from_t5(teacher, config.granularities, initialization=config.initialization, **of_teacher)
-        if bank.teacher_sha256() != config.teacher["sha256"]:
+        found = bank.teacher_sha256()
+        if found != config.teacher["sha256"]:
             raise ValueError(
                 f"the modules in {path} were trained for another teacher ({config.teacher['name_or_path']}): the weights that they "
-                f"came with have SHA-256 {config.teacher['sha256']}, these have {bank.teacher_sha256()}"
+                f"came with have SHA-256 {config.teacher['sha256']}, these have {found}"
             )
         for part in config.own_parts:
             bank.add_own_part(part)

@@ -705,30 +705,27 @@ def test_data_that_does_not_fit_is_refused_before_the_first_step(spoil, message,
     assert trainer.state.global_step == 0
 
 
-def test_a_step_of_padding_alone_stops_with_the_reason(tmp_path):
+def third_without_labels():
+    """A collator whose third batch has labels of padding alone."""
     batches = iter(range(100))
 
-    def third_without_labels(examples):
+    def collate_but_the_third(examples):
         batch = collate(examples)
         if next(batches) == 2:
             batch["labels"].fill_(-100)
         return batch
 
-    trainer = make_trainer(tmp_path, trainer_arguments={"data_collator": third_without_labels})
+    return collate_but_the_third
+
+
+def test_a_step_of_padding_alone_stops_with_the_reason(tmp_path):
+    trainer = make_trainer(tmp_path, trainer_arguments={"data_collator": third_without_labels()})
     with pytest.raises(ValueError, match="step 2: its labels are all padding"):
         trainer.train()
 
 
 def test_a_batch_of_padding_in_between_teaches_nothing(tmp_path):
-    batches = iter(range(100))
-
-    def third_without_labels(examples):
-        batch = collate(examples)
-        if next(batches) == 2:
-            batch["labels"].fill_(-100)
-        return batch
-
-    trainer = make_trainer(tmp_path, trainer_arguments={"data_collator": third_without_labels}, gradient_accumulation_steps=2)
+    trainer = make_trainer(tmp_path, trainer_arguments={"data_collator": third_without_labels()}, gradient_accumulation_steps=2)
     trainer.train()
     assert all(map(math.isfinite, logged(trainer, "loss")))
 
