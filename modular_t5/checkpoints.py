@@ -17,6 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from .configuration_modular_t5 import ModularT5Config
 from .loss_sums import LossSums
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
+from .storage_modular_t5 import StoredTensors
 
 
 # Beside the Trainer's own files in a checkpoint: sums of losses that no log has yet.
@@ -44,6 +45,7 @@ class CheckpointingTrainer(Seq2SeqTrainer):
         """
         run = Path(self.args.output_dir)
         self._clear_unfinished(run)
+        self.bank.origin = {"bank": None, "revision": None}  # from here on it is another
         self.accelerator.wait_for_everyone()
         if resume_from_checkpoint is True:
             named = {int(match[1]): path for path in run.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
@@ -110,9 +112,14 @@ class CheckpointingTrainer(Seq2SeqTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         # A checkpoint leaves the teacher out; what the user saves is whole.
-        super()._save(output_dir, self.bank.module_tensors(state_dict) if self._staging is not None else state_dict)
+        in_checkpoint, origin = self._staging is not None, self.bank.origin
+        super()._save(output_dir, self.bank.module_tensors(state_dict) if in_checkpoint else state_dict)
+        if in_checkpoint:
+            self.bank.origin = origin
 
     def _check_bank_of(self, checkpoint: str) -> None:
+        stored = StoredTensors(checkpoint)
+        stored.fetch(stored)  # a torn shard had better be found before anything is loaded
         config, own = ModularT5Config.from_pretrained(checkpoint), self.bank.config
         for name in ("granularities", "initialization", "own_parts", "lora"):
             if getattr(config, name) != getattr(own, name):

@@ -24,6 +24,19 @@ INITIALIZATIONS = {
 # What a bank may train of its own beside modules: part -> its name in a T5 and in the bank.
 OWN_PARTS = {"final_norms": "final_layer_norm", "head": "lm_head"}
 
+# Where a bank's code lies among the files that are saved with it, for use where this package is not installed.
+_AUTO_MAP = {
+    "AutoConfig": "configuration_modular_t5.ModularT5Config",
+    "AutoModel": "modeling_modular_t5.ModularT5ForConditionalGeneration",
+    "AutoModelForSeq2SeqLM": "modeling_modular_t5.ModularT5ForConditionalGeneration",
+}
+
+# What a bank's configuration has beside a T5's, or otherwise than a T5.
+_BANK_FIELDS = (
+    *("architectures", "auto_map", "decoder_layers", "model_type", "transformers_version"),
+    *("granularities", "initialization", "lora", "modules_only", "own_parts", "plan", "teacher"),
+)
+
 # Wider than any T5 by a factor of ten or more. A file that asks for more is refused before memory is taken.
 _LARGEST = {
     "num_layers": MAX_LAYERS,
@@ -36,6 +49,8 @@ _LARGEST = {
     "relative_attention_num_buckets": 1 << 12,
     "relative_attention_max_distance": 1 << 20,
 }
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 _RANGES = {"layer_norm_epsilon": (0, 1), "initializer_factor": (0, 1e3), "dropout_rate": (0, 1)}
 
@@ -63,6 +78,7 @@ class ModularT5Config(T5Config):
     """
 
     model_type = "modular_t5"
+    _auto_class = "AutoConfig"
 
     granularities: Mapping[str, Sequence[int]] | Sequence[int] | None = None
     plan: PlanLike | None = None
@@ -73,6 +89,8 @@ class ModularT5Config(T5Config):
     lora: Mapping[str, float] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.dtype is not None and str(self.dtype).removeprefix("torch.") not in _DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         super().__post_init__(**kwargs)
         for name, largest in _LARGEST.items():
             value = getattr(self, name)
@@ -100,6 +118,7 @@ class ModularT5Config(T5Config):
         if self.modules_only and not (self.teacher or {}).get("sha256"):
             raise ValueError("a bank of modules alone names its teacher by the SHA-256 of its weights; this configuration does not")
         self.lora = _checked_mapping("lora", self.lora, {"rank": int, "scaling": Real}) if self.lora else None
+        self.auto_map = dict(_AUTO_MAP)
         set_cache_depth(self)
 
     @classmethod
@@ -118,6 +137,21 @@ def _checked_mapping(name: str, given: Any, types: Mapping[str, type]) -> dict[s
         if value is not None and (not isinstance(value, types[key]) or isinstance(value, bool)):
             raise ValueError(f"{key} of {name} must be of type {types[key].__name__}, got {value!r}")
     return {key: given.get(key) for key in types}
+
+
+def t5_fields(config: T5Config) -> dict[str, Any]:
+    """What a configuration, of a bank or of a T5, says of a T5."""
+    return {name: value for name, value in config.to_dict().items() if name not in _BANK_FIELDS}
+
+
+def stock_config(config: ModularT5Config, depths: tuple[int, int]) -> T5Config:
+    """The configuration of a stock T5 like a bank's teacher, with these numbers of layers in the encoder and the decoder."""
+    stock = T5Config(**t5_fields(config))
+    stock.num_layers, stock.num_decoder_layers = depths
+    stock.architectures = ["T5ForConditionalGeneration"]
+    stock.name_or_path = config.name_or_path
+    set_cache_depth(stock)
+    return stock
 
 
 def set_cache_depth(config: T5Config) -> None:

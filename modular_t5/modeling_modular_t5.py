@@ -10,27 +10,36 @@ Choi, Findings of ACL 2023, arXiv 2306.02379.
 
 import copy
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, MT5ForConditionalGeneration, PreTrainedConfig, T5Config, T5ForConditionalGeneration
+from transformers import GenerationConfig, MT5ForConditionalGeneration, PreTrainedConfig, T5Config, T5ForConditionalGeneration
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm, T5Stack
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape, PlanLike, PlanReport, resolve_plan
-from .configuration_modular_t5 import INITIALIZATIONS, OWN_PARTS, ModularT5Config, set_cache_depth
-from .storage_modular_t5 import fingerprint, read_tensors, staged_folder
-
-
-_TEACHERS = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-_PUSH_ARGUMENTS = ("commit_description", "commit_message", "create_pr", "private", "repo_id", "revision", "tags", "token")
-_BANK_FIELDS = (
-    *("architectures", "auto_map", "decoder_layers", "model_type", "transformers_version"),
-    *("granularities", "initialization", "lora", "modules_only", "own_parts", "plan", "teacher"),
+from .configuration_modular_t5 import INITIALIZATIONS, OWN_PARTS, ModularT5Config, stock_config, t5_fields
+from .layout_modular_t5 import (
+    bank_shape,
+    initial_name,
+    is_bank_tensor,
+    one_layer_of,
+    own_part_of,
+    parameter_map,
+    running_own_parts,
+    tensor_names,
 )
+from .loading_modular_t5 import SavedBank, hub_arguments_of, hub_teacher, is_teacher, load_teacher, not_a_teacher, teacher_tensors
+from .storage_modular_t5 import HUB_ARGUMENTS, fingerprint, staged_folder, upload, write_shards
+
+
+_PUSH_ARGUMENTS = ("commit_description", "commit_message", "create_pr", "private", "repo_id", "revision", "tags", "token")
 # What the Auto classes add to a call of `from_pretrained`, and means nothing to a bank of modules alone.
 _AUTO_ARGUMENTS = ("_commit_hash", "_from_auto", "adapter_kwargs", "code_revision", "trust_remote_code")
 
@@ -86,9 +95,13 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
     # T5's forward computes a mean over the tokens and ignores `num_items_in_batch`; without this flag the Trainer would scale the
     # loss by accumulation steps and processes.
     accepts_loss_kwargs = False
+    # A bank is saved with its code, for use where this package is not installed.
+    _auto_class = "AutoModelForSeq2SeqLM"
 
     def __init__(self, config: ModularT5Config):
         super().__init__(config)
+        # Folder or Hub id, and commit, that the bank was loaded from or saved to last; what it assembles remembers it.
+        self.origin: dict[str, str | None] = {"bank": None, "revision": None}
         for side in SIDES:
             stack = getattr(self, side)
             stack.block = PlannedBlocks(stack.block)
@@ -133,38 +146,29 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         if isinstance(teacher, nn.Module):
             if kwargs:
                 raise ValueError(f"{sorted(kwargs)} apply where a teacher is loaded; a model was given, so set them on it")
-            if not isinstance(teacher, tuple(_TEACHERS.values())) or isinstance(teacher, cls):
-                model_type = getattr(getattr(teacher, "config", None), "model_type", None)
-                raise ValueError(_not_a_teacher(type(teacher).__name__, model_type))
+            if not is_teacher(teacher):
+                raise ValueError(not_a_teacher(type(teacher).__name__, getattr(getattr(teacher, "config", None), "model_type", None)))
         else:
             if "output_loading_info" in kwargs:
                 raise ValueError("from_t5 returns a bank alone; load the teacher yourself for its output_loading_info")
-            hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-            model_type = AutoConfig.from_pretrained(teacher, **hub_arguments).model_type
-            if model_type not in _TEACHERS:
-                raise ValueError(_not_a_teacher(str(teacher), model_type))
-            teacher = _TEACHERS[model_type].from_pretrained(teacher, **kwargs)
+            teacher = load_teacher(teacher, **kwargs)
 
-        fields = _without(teacher.config.to_dict(), _BANK_FIELDS)
+        fields = t5_fields(teacher.config)
         # mT5's code never scales and its configuration does not say so.
         fields.setdefault("scale_decoder_outputs", False)
         named = {"name_or_path": teacher.config.name_or_path, "revision": getattr(teacher.config, "_commit_hash", None)}
         config = ModularT5Config(**fields, granularities=granularities, initialization=initialization, teacher=named)
         config.name_or_path = teacher.config.name_or_path
 
-        sources: dict[str, torch.Tensor] = dict(teacher.named_parameters(remove_duplicate=False))
         for side, layers in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
-            originals = getattr(teacher, side).block
-            if len(originals) != layers:
-                raise ValueError(f"the teacher's {side} has {len(originals)} layers, its configuration says {layers}; let them agree")
-            for s in config.granularities[side]:
-                for start in range(0, layers, s):
-                    original = originals[start + INITIALIZATIONS[initialization](start, s)]
-                    for name, parameter in original.named_parameters():
-                        if name != _BIAS_TABLE:
-                            # A tensor object of its own: the module is a copy of the layer, not tied to it.
-                            sources[f"{_block_name(side, start, s)}.{name}"] = parameter.detach()
-        return _built(cls, config, sources, like=teacher)
+            originals = len(getattr(teacher, side).block)
+            if originals != layers:
+                raise ValueError(f"the teacher's {side} has {originals} layers, its configuration says {layers}; let them agree")
+        sources: dict[str, torch.Tensor] = dict(teacher.named_parameters(remove_duplicate=False))
+        for name in filter(is_bank_tensor, tensor_names(one_layer_of(sources), config)):
+            # A tensor object of its own: the module is a copy of the layer, not tied to it.
+            sources[name] = sources[initial_name(name, config)].detach()
+        return _built(cls, _run_like(teacher, config), sources, teacher.generation_config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -175,104 +179,89 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         A bank of modules alone (a checkpoint of `ModularTrainer`, a LoRA bank, `save_pretrained(..., modules_only=True)`) is put
         together with its teacher: the one that its configuration names, or `teacher=`, a model, a folder or a Hub id. Another
         teacher than it was made of is refused by the SHA-256 of its weights. Adapters are merged.
+
+        Raises:
+            ValueError: something of the bank is missing, torn, too much, or not of the shape that the configuration says; or the
+                weights are no safetensors.
+            OSError: there is no such bank, or it cannot be fetched.
         """
-        teacher = kwargs.pop("teacher", None)
-        if _holds_modules_only(pretrained_model_name_or_path, kwargs):
-            return cls._from_modules(pretrained_model_name_or_path, teacher, **kwargs)
-        if teacher is not None:
-            raise ValueError(f"{pretrained_model_name_or_path} holds its own teacher; leave teacher= out, or build a bank by from_t5")
-        wants_info = kwargs.pop("output_loading_info", False)
-        bank, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
-        if info["missing_keys"] and not wants_info:
-            missing = sorted(info["missing_keys"])
-            has_modules = any(".bank." in name and name not in missing for name, _ in bank.named_parameters())
-            remedy = "download or save it again" if has_modules else f"it is no bank; {cls.__name__}.from_t5 builds one around a T5"
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of this bank, the first of them {missing[0]}: {remedy}"
-            )
+        path, wants_info = pretrained_model_name_or_path, kwargs.get("output_loading_info", False)
+        teacher, saved = kwargs.pop("teacher", None), None
+        if path is not None and kwargs.get("state_dict") is None:
+            if kwargs.setdefault("use_safetensors", True) is False:
+                raise ValueError("use_safetensors=False: a bank's weights are safetensors; nothing else is read")
+            hub_arguments = {**hub_arguments_of(kwargs), "revision": kwargs.get("_commit_hash") or kwargs.get("revision")}
+            saved = SavedBank(path, teacher=teacher, variant=kwargs.get("variant"), strict=not wants_info, **hub_arguments)
+            if saved.config.modules_only:
+                return cls._from_modules(saved, **kwargs)
+            if not wants_info and not kwargs.get("ignore_mismatched_sizes"):
+                saved.check()
+            kwargs |= {"revision": saved.revision} if saved.revision else {}
+        bank = super().from_pretrained(path, *model_args, **kwargs)
+        bank, *info = bank if wants_info else (bank,)
         _record_tie(bank)
+        if saved is not None:
+            bank.origin = saved.origin
         # Loaded tensors lie in memory as they lie in the file, and where they start decides how CPU kernels round. Aligned as torch
         # aligns its own, a bank and the copies that `assemble` makes of it agree to the bit.
         for parameter in bank.parameters():
             if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
                 parameter.data = parameter.data.clone()
-        return (bank, info) if wants_info else bank
+        return (bank, *info) if wants_info else bank
 
     @classmethod
-    def _from_modules(cls, path: str | os.PathLike, teacher: Any, **kwargs: Any) -> Any:
-        kwargs = _without(kwargs, _AUTO_ARGUMENTS)
+    def _from_modules(cls, saved: SavedBank, *, output_loading_info: bool = False, dtype: Any = None, **kwargs: Any) -> Any:
         config = kwargs.pop("config", None)
-        hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
-        wants_info, dtype = kwargs.pop("output_loading_info", False), kwargs.pop("dtype", None)
-        if kwargs:
-            raise ValueError(f"{path} holds modules alone, which load on the CPU and without {', '.join(sorted(kwargs))}")
-        if not isinstance(config, PreTrainedConfig):
-            config = ModularT5Config.from_pretrained(path, **hub_arguments)
-        of_teacher = {"dtype": config.dtype, **_without(hub_arguments, ("revision", "subfolder"))}
-        if isinstance(teacher, nn.Module):
-            of_teacher = {}
-        elif teacher is None:
-            teacher, revision = config.teacher["name_or_path"] or "", config.teacher["revision"]
-            if not os.path.isdir(teacher):
-                if not revision:
-                    raise ValueError(
-                        f"{path} holds modules alone, and their teacher {teacher!r} is no folder here and has no revision on the Hub: "
-                        "pass it as from_pretrained(..., teacher=...)"
-                    )
-                of_teacher["revision"] = revision
-        bank = cls.from_t5(teacher, config.granularities, initialization=config.initialization, **of_teacher)
-        found = bank.teacher_sha256()
-        if found != config.teacher["sha256"]:
-            raise ValueError(
-                f"the modules in {path} were trained for another teacher ({config.teacher['name_or_path']}): the weights that they "
-                f"came with have SHA-256 {config.teacher['sha256']}, these have {found}"
-            )
-        for part in config.own_parts:
-            bank.add_own_part(part)
-        bank.load_modules(read_tensors(path, **hub_arguments), lora=config.lora, source=path)
-        bank.set_plan(config.plan)
-        bank.config.name_or_path = str(path)
-        with suppress(OSError):  # there is none: the teacher's stays
-            bank.generation_config = GenerationConfig.from_pretrained(path, **hub_arguments)
+        if unknown := sorted(kwargs.keys() - {*_AUTO_ARGUMENTS, *HUB_ARGUMENTS, "use_safetensors", "variant"}):
+            raise ValueError(f"{saved.source} holds modules alone, which load on the CPU and without {', '.join(unknown)}")
+        config = _run_like(saved.teacher, copy.deepcopy(config if isinstance(config, PreTrainedConfig) else saved.config))
+        config.modules_only, config.lora, config.name_or_path = False, None, str(saved.source)
+        bank = _built(cls, config, saved.read(saved.names), saved.generation_config, dtype=dtype, share_weights=saved.owns_what_it_reads)
+        bank.origin = saved.origin
         info = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"), ())
-        bank = bank if dtype in (None, "auto") else bank.to(dtype)
-        return (bank, info) if wants_info else bank
+        return (bank, info) if output_loading_info else bank
 
-    def load_modules(self, tensors: Mapping[str, torch.Tensor], *, lora: Mapping[str, Any] | None = None, source: Any = "it") -> None:
-        """Copy tensors, as `module_tensors` of an equal bank names them, into this one's modules; merge adapters into them.
+    @classmethod
+    def assemble_from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        strategy: PlanLike,
+        ratio: float | None = None,
+        *,
+        teacher: Any = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None,
+        attn_implementation: str | None = None,
+        variant: str | None = None,
+        **hub_arguments: Any,
+    ) -> T5ForConditionalGeneration:
+        """What `from_pretrained(...).assemble(strategy, ratio)` gives, without fetching or reading more than that size needs.
+
+        Of a bank saved whole, only the shards that hold something of the plan are downloaded, and of those only the plan's tensors
+        are read. Of modules saved alone the teacher is fetched as well, and read to check its SHA-256.
 
         Args:
-            tensors: of every module, or adapters of them.
-            lora: where there are adapters: the field of that name of the configuration that they were saved with.
-            source: for messages.
+            pretrained_model_name_or_path, teacher, attn_implementation, variant: as in `from_pretrained`.
+            strategy, ratio: as in `assemble`.
+            dtype: of the result; by default that of the files.
+            device: of the result; by default the CPU.
+            hub_arguments: `cache_dir`, `force_download`, `local_files_only`, `proxies`, `revision`, `subfolder`, `token`.
 
         Raises:
-            ValueError: a tensor is missing, unknown, or of another shape. Nothing is changed then.
+            ValueError: as in `assemble` and `from_pretrained`.
+            OSError: there is no such bank, or it cannot be fetched.
         """
-        own = {name: parameter for name, parameter in self.named_parameters() if _is_bank_tensor(name)}
-        if lora:
-            downs = {name.partition(".lora_A.")[0]: tensor for name, tensor in tensors.items() if ".lora_A." in name}
-            ups = {name.partition(".lora_B.")[0]: tensor for name, tensor in tensors.items() if ".lora_B." in name}
-            if not downs or downs.keys() != ups.keys():
-                raise ValueError(f"{source} holds {len(downs)} lora_A and {len(ups)} lora_B; they belong together")
-            plain = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
-            for path, down in downs.items():
-                if f"{path}.weight" not in own or down.ndim != 2 or ups[path].ndim != 2 or down.shape[0] != ups[path].shape[1]:
-                    raise ValueError(f"{source} holds adapters for {path}, which do not fit this bank")
-                base = own[f"{path}.weight"].detach()
-                plain[f"{path}.weight"] = base + lora["scaling"] * (ups[path].to(base) @ down.to(base))
-            wanted = {name: own[name] for name in own if name in plain or not _is_module_tensor(name)}
-        else:
-            plain, wanted = tensors, own
-        differing = wanted.keys() ^ plain.keys() or {name for name in wanted if wanted[name].shape != plain[name].shape}
-        if differing:
-            raise ValueError(
-                f"{source} does not fit this bank: {len(differing)} tensors are missing, unknown, or of another shape, "
-                f"the first of them {min(differing)}"
-            )
-        with torch.no_grad():
-            for name, tensor in plain.items():
-                own[name].copy_(tensor)
+        if unknown := sorted(hub_arguments.keys() - set(HUB_ARGUMENTS)):
+            raise ValueError(f"assemble_from_pretrained does not take {', '.join(unknown)}")
+        saved = SavedBank(pretrained_model_name_or_path, teacher=teacher, variant=variant, **hub_arguments)
+        plan = resolve_plan(saved.shape, strategy, ratio)
+        config = _assembled_config(saved.config, plan, saved.origin)
+        config._attn_implementation = attn_implementation
+        mapping = parameter_map(saved.one_layer, plan, saved.config)
+        tensors = saved.read(mapping.values())
+        sources = {name: tensors[bank_name] for name, bank_name in mapping.items()}
+        generation_config, share = saved.generation_config, saved.owns_what_it_reads
+        return _built(T5ForConditionalGeneration, config, sources, generation_config, dtype=dtype, device=device, share_weights=share)
 
     def save_pretrained(
         self,
@@ -280,30 +269,110 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
         *,
         modules_only: bool = False,
-        **kwargs: Any,
+        **hub_arguments: Any,
     ) -> None:
-        """As `PreTrainedModel.save_pretrained`; a save that fails leaves the folder as it was. Uploading comes after saving.
+        """As `PreTrainedModel.save_pretrained`, in shards cut so that a size of the bank can be fetched alone, and with its code.
+
+        A save that fails or is killed leaves the folder as it was (`staged_folder` says where that cannot be). Uploading comes after.
 
         Args:
             modules_only: leave the teacher out. Its name and the SHA-256 of its weights are saved instead, and `from_pretrained`
                 fetches it. So is a bank with LoRA modules always, and a `state_dict` without the teacher's tensors.
+            hub_arguments: for `push_to_hub`.
         """
+        if not is_main_process:
+            return
         directory = os.path.abspath(os.fspath(save_directory))
-        hub_arguments = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs}
-        modules_only = modules_only or bool(self.config.lora) or (state_dict is not None and all(map(_is_bank_tensor, state_dict)))
+        if unknown := sorted(hub_arguments.keys() - set(_PUSH_ARGUMENTS)):
+            raise ValueError(f"a bank is saved in shards of its own, without {', '.join(unknown)}")
+        modules_only = modules_only or bool(self.config.lora) or (state_dict is not None and all(map(is_bank_tensor, state_dict)))
         if modules_only:
-            state_dict = self.module_tensors(state_dict)
+            tensors = self.module_tensors(state_dict)
             self.config.teacher = {**self.config.teacher, "sha256": self.teacher_sha256()}
+        else:
+            tensors = self.state_dict() if state_dict is None else state_dict
+            names = {name for name, _ in self.named_parameters(remove_duplicate=False)} - {name for name, _ in self.named_parameters()}
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in names}  # a tied head once
         self.config.modules_only = modules_only
+        self.config.dtype, self.config.architectures = self.dtype, [type(self).__name__]
         try:
             with staged_folder(directory) as staging:
-                super().save_pretrained(staging, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+                custom_object_save(self, staging, config=self.config)
+                self.config.save_pretrained(staging)
+                self.generation_config.save_pretrained(staging)
+                write_shards(staging, tensors, max_shard_size=max_shard_size, variant=variant)
         finally:
             self.config.modules_only = False
-        if push_to_hub and is_main_process:
-            self.push_to_hub(hub_arguments.pop("repo_id", os.path.basename(directory)), **hub_arguments)
+        self.origin = {"bank": str(save_directory), "revision": None}
+        if push_to_hub:
+            repo_id = hub_arguments.pop("repo_id", os.path.basename(directory))
+            self.push_to_hub(repo_id, max_shard_size=max_shard_size, modules_only=modules_only, **hub_arguments)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload bank",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: Sequence[str] = (),
+        modules_only: bool = False,
+    ) -> CommitInfo:
+        """As `PreTrainedModel.push_to_hub`; weights of an earlier upload make way. A card that is there stays, and gets the tags.
+
+        Args:
+            modules_only: as in `save_pretrained`.
+
+        Raises:
+            ValueError: modules alone would be uploaded, and their teacher is not named by Hub id and commit.
+        """
+        if modules_only or self.config.lora:
+            try:
+                hub_teacher(self.config)
+            except ValueError as error:
+                raise ValueError(
+                    f"modules alone are of use to others if their teacher can be fetched, but {error}: "
+                    'set bank.config.teacher = {"name_or_path": "org/teacher", "revision": "<commit>"}'
+                ) from error
+        card = self.card_on_hub(repo_id, tags, token=token)
+        origin = self.origin
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size, modules_only=modules_only)
+            self.origin = origin
+            card.save(os.path.join(folder, "README.md"))
+            commit = upload(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                commit_description=commit_description,
+            )
+        self.origin = {"bank": repo_id, "revision": commit.oid}
+        return commit
+
+    def card_on_hub(self, repo_id: str, tags: Sequence[str] = (), *, token: bool | str | None = None) -> ModelCard:
+        """The card of a repository, or if it has none `new_card`, with these tags."""
+        try:
+            card = ModelCard.load(repo_id, token=token)
+        except (EntryNotFoundError, RepositoryNotFoundError):
+            card = self.new_card(repo_id)
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *tags]))
+        return card
+
+    def new_card(self, repo_id: str) -> ModelCard:
+        """What a push writes where there is no card yet. Importing the package puts its own here."""
+        return ModelCard.from_template(ModelCardData(library_name="transformers"), model_id=repo_id)
 
     def module_tensors(self, state_dict: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """What the bank adds to its teacher, out of its own or a given state: modules (of LoRA modules the adapters) and own parts."""
@@ -311,12 +380,12 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         return {
             name: tensor
             for name, tensor in state_dict.items()
-            if _is_bank_tensor(name) and (not self.config.lora or ".lora_" in name or not _is_module_tensor(name))
+            if is_bank_tensor(name) and (not self.config.lora or ".lora_" in name or own_part_of(name))
         }
 
     def teacher_sha256(self) -> str:
         """SHA-256 of the teacher's weights: names, dtypes, shapes and bytes."""
-        return fingerprint({name: parameter for name, parameter in self.named_parameters() if not _is_bank_tensor(name)})
+        return fingerprint(teacher_tensors(self))
 
     # -- what a bank may have beside modules -------------------------------------------------------------------------------
 
@@ -357,22 +426,13 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
 
     def switch_parts(self, plan: AssemblyPlan) -> None:
         """Run the bank's own norms and head where a plan does. `set_plan` does this too."""
-        running = self.own_parts_of(plan)
+        running = running_own_parts(plan, self.config)
         for side in SIDES:
             stack = getattr(self, side)
             if "final_norms" in self.config.own_parts:
                 stack.final_layer_norm.switch(stack.bank["final_layer_norm"] if (side, "final_layer_norm") in running else None)
         if "head" in self.config.own_parts:
             self.lm_head.switch(self.decoder.bank["lm_head"] if ("decoder", "lm_head") in running else None)
-
-    def own_parts_of(self, plan: AssemblyPlan) -> list[tuple[str, str]]:
-        """`(side, name in its bank)` of the bank's own norms and head that a plan runs: those of sides with modules."""
-        return [
-            (side, OWN_PARTS[part])
-            for side in SIDES
-            for part in self.config.own_parts
-            if OWN_PARTS[part] in getattr(self, side).bank and set(plan.spans(side)) != {1}
-        ]
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As `PreTrainedModel.resize_token_embeddings`; a `ValueError` for a bank with a head of its own."""
@@ -403,22 +463,8 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
     @property
     def shape(self) -> BankShape:
         """The counts that choosing a plan works with, read off the parameters."""
-        stacks = {side: getattr(self, side) for side in SIDES}
-        tables = {side: stack.block[0].layer[0].SelfAttention.relative_attention_bias for side, stack in stacks.items()}
-        in_every_plan = [self.shared, self.lm_head, *tables.values(), *(stack.final_layer_norm for stack in stacks.values())]
-        # By identity: a tied head is the embeddings.
-        shared = {id(parameter): parameter for module in in_every_plan for parameter in module.parameters()}
-        return BankShape(
-            num_layers={side: len(stack.block) for side, stack in stacks.items()},
-            granularities={side: tuple(self.config.granularities[side]) for side in SIDES},
-            block_parameters={side: _count(stack.block[0]) - _count(tables[side]) for side, stack in stacks.items()},
-            shared_parameters=sum(parameter.numel() for parameter in shared.values()),
-            # A head of the bank's own takes the place of one that is the embeddings, which then cost extra.
-            own_head_parameters=self.lm_head.weight.numel()
-            if "head" in self.config.own_parts and self.lm_head.weight is self.shared.weight
-            else 0,
-            bytes_per_parameter=self.dtype.itemsize,
-        )
+        sizes = {name: parameter.numel() for name, parameter in one_layer_of(dict(self.named_parameters())).items()}
+        return bank_shape(sizes, self.config, self.dtype.itemsize)
 
     @property
     def plan(self) -> AssemblyPlan:
@@ -472,20 +518,7 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
 
     def parameter_map(self, plan: PlanLike) -> dict[str, str]:
         """`{parameter name in the assembled T5: parameter name in the bank}`: assembling is renaming."""
-        plan = self.choose_plan(plan)
-        mapping = {name: name for name, _ in self.named_parameters(remove_duplicate=False) if not name.startswith(_BLOCK_PREFIXES)}
-        for side in SIDES:
-            table = f"{side}.block.0.{_BIAS_TABLE}"
-            mapping[table] = table
-            for position, (start, span) in enumerate(plan.blocks(side)):
-                source = _block_name(side, start, span)
-                # The original layer's names: a LoRA module has others.
-                for name, _ in getattr(self, side).block[start].named_parameters():
-                    if name != _BIAS_TABLE:
-                        mapping[f"{side}.block.{position}.{name}"] = f"{source}.{name}"
-        for side, name in self.own_parts_of(plan):
-            mapping["lm_head.weight" if name == "lm_head" else f"{side}.{name}.weight"] = f"{side}.bank.{name}.weight"
-        return mapping
+        return parameter_map(one_layer_of(dict(self.named_parameters(remove_duplicate=False))), self.choose_plan(plan), self.config)
 
     def assemble(self, strategy: PlanLike, ratio: float | None = None, *, share_weights: bool = False) -> T5ForConditionalGeneration:
         """A stock T5 of the size asked for, in evaluation mode, without further training.
@@ -504,16 +537,11 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         if share_weights and self.config.lora:
             raise ValueError("LoRA modules are merged when assembling, which makes copies; call merge_and_unload() first to share weights")
         plan = self.choose_plan(strategy, ratio)
-        config = T5Config(**_without(self.config.to_dict(), _BANK_FIELDS))
-        config.num_layers, config.num_decoder_layers = plan.depths
-        set_cache_depth(config)
-        config.architectures = [T5ForConditionalGeneration.__name__]
-        config.name_or_path = self.config.name_or_path
-
+        config = _run_like(self, _assembled_config(self.config, plan, self.origin))
         bank = dict(self.named_parameters(remove_duplicate=False))
         bank |= {f"{path}.weight": merged for path, merged in self._merged_adapters().items()}
         sources = {name: bank[bank_name] for name, bank_name in self.parameter_map(plan).items()}
-        return _built(T5ForConditionalGeneration, config, sources, like=self, share_weights=share_weights)
+        return _built(T5ForConditionalGeneration, config, sources, self.generation_config, share_weights=share_weights)
 
 
 def _module_bank(stack: T5Stack, granularities: Sequence[int]) -> nn.ModuleDict:
@@ -530,65 +558,36 @@ def _module_bank(stack: T5Stack, granularities: Sequence[int]) -> nn.ModuleDict:
     return bank
 
 
-_BIAS_TABLE = "layer.0.SelfAttention.relative_attention_bias.weight"  # in the first original layer of each side
-_BLOCK_PREFIXES = tuple(f"{side}.{kind}." for side in SIDES for kind in ("block", "bank"))
+def _assembled_config(config: ModularT5Config, plan: AssemblyPlan, origin: Mapping[str, str | None]) -> T5Config:
+    """A stock configuration, which remembers where the model comes from."""
+    assembled = stock_config(config, plan.depths)
+    assembled.modular_t5 = {**origin, "plan": str(plan)}
+    return assembled
 
 
-def _is_bank_tensor(name: str) -> bool:
-    return ".bank." in name
-
-
-def _is_module_tensor(name: str) -> bool:
-    """Whether a tensor of the bank is in a module, not in a part of its own."""
-    return own_part_of(name) is None
-
-
-def own_part_of(name: str) -> str | None:
-    """Which of `OWN_PARTS` a tensor of the bank belongs to."""
-    return next((part for part, module in OWN_PARTS.items() if f".bank.{module}." in name), None)
-
-
-def _holds_modules_only(path: Any, kwargs: Mapping[str, Any]) -> bool:
-    if path is None:
-        return False
-    hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    fields, _ = ModularT5Config.get_config_dict(path, **hub_arguments)
-    return fields.get("modules_only", False)
-
-
-def _block_name(side: str, start: int, span: int) -> str:
-    return f"{side}.block.{start}" if span == 1 else f"{side}.bank.{span}.{start // span}"
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _without(fields: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name not in names}
-
-
-def _not_a_teacher(name: str, model_type: str | None) -> str:
-    reasons = {
-        "umt5": "UMT5 has a relative position bias in every layer, which a module for several layers cannot stand in for",
-        "modular_t5": "it is a bank already; load it with from_pretrained",
-    }
-    reason = reasons.get(model_type, "a teacher is a T5ForConditionalGeneration or an MT5ForConditionalGeneration")
-    return f"cannot build a bank from {name} (model type {model_type!r}): {reason}"
+def _run_like(model: T5ForConditionalGeneration, config: T5Config) -> T5Config:
+    """`config`, for a model that computes as `model` does."""
+    # The stacks' own, for older transformers do not carry a later change of the model's to them.
+    config._attn_implementation = model.encoder.config._attn_implementation
+    return config
 
 
 def _built(
     model_class: type,
     config: T5Config,
     sources: Mapping[str, torch.Tensor],
+    generation_config: GenerationConfig,
     *,
-    like: T5ForConditionalGeneration,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | int | None = None,
     share_weights: bool = False,
 ) -> Any:
-    """A model on copies of these tensors, or on themselves; names with the same tensor share a parameter. The rest is as in `like`."""
-    # The stacks' own, for older transformers do not carry a later change of the model's to them.
-    config._attn_implementation = like.encoder.config._attn_implementation
-    config.dtype = like.dtype
+    """A model on copies of these tensors, or on themselves; names with the same tensor share a parameter."""
+    if isinstance(dtype, str):
+        dtype = None if dtype == "auto" else getattr(torch, dtype, dtype)
+    if not isinstance(dtype, torch.dtype | None):
+        raise ValueError(f"dtype must be a floating-point type of torch, its name, or 'auto'; got {dtype!r}")
+    config.dtype = dtype or next(iter(sources.values())).dtype
     with torch.device("meta"):
         model = model_class(config)
     parameters: dict[int, nn.Parameter] = {}
@@ -597,13 +596,17 @@ def _built(
             name = f"{path}.{leaf}"
             if name not in sources:
                 raise ValueError(
-                    f"there is no {name} in {type(like).__name__}: a bank is of plain T5 layers, so merge adapters first (merge_and_unload)"
+                    f"there is no {name} in what {model_class.__name__} is built of: a bank is of plain T5 layers, so merge adapters "
+                    "first (merge_and_unload)"
                 )
             tensor = sources[name]
             if id(tensor) not in parameters:
-                parameters[id(tensor)] = nn.Parameter(tensor.detach() if share_weights else tensor.detach().clone())
+                # transformers keeps these in float32 where a model is in float16.
+                keep = dtype == torch.float16 and not set(name.split(".")).isdisjoint(model_class._keep_in_fp32_modules or ())
+                own = tensor.detach().to(device=device, dtype=torch.float32 if keep else dtype)
+                parameters[id(tensor)] = nn.Parameter(own if share_weights or own.data_ptr() != tensor.data_ptr() else own.clone())
             module._parameters[leaf] = parameters[id(tensor)]
-    model.generation_config = copy.deepcopy(like.generation_config)
+    model.generation_config = copy.deepcopy(generation_config)
     _record_tie(model)
     return model.eval()
 

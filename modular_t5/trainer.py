@@ -22,7 +22,8 @@ from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
 from .checkpoints import CheckpointingTrainer
 from .configuration_modular_t5 import ModularT5Config
 from .distillation import attention_loss, hidden_state_loss, logit_loss, task_loss
-from .modeling_modular_t5 import ModularT5ForConditionalGeneration, own_part_of
+from .layout_modular_t5 import own_part_of, running_own_parts
+from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .recording import Replay, recording
 from .reducing import RunningParameters, trained_ids, watch_running
 from .replacing import CURRICULA, Odds, draw_plan
@@ -281,7 +282,7 @@ class ModularTrainer(CheckpointingTrainer):
         if self._running is None or self._running[0] is not model:
             self._running = model, watch_running(model)
         parts = [module for side in SIDES for module in self.bank.blocks_of(plan, side)]
-        own = [getattr(self.bank, side).bank[name] for side, name in self.bank.own_parts_of(plan)]
+        own = [getattr(self.bank, side).bank[name] for side, name in running_own_parts(plan, self.bank.config)]
         self._running[1].ids = trained_ids([*parts, *own])
 
     def _with_decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,16 @@
-"""The pico models that all tests share, their seeds, and the `--slow` switch."""
+"""The pico models that all tests share, their seeds, the Hub that they ask, and the `--slow` switch."""
 
 import os
 
 import pytest
 import torch
+from hub import HUB
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import MT5Config, MT5ForConditionalGeneration, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
+from modular_t5 import ModularT5ForConditionalGeneration
+from modular_t5.storage_modular_t5 import StoredTensors, write_shards
 
-# The test process never asks the Hub.
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 VOCAB_SIZE = 61
 PICO = {"vocab_size": VOCAB_SIZE, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 4, "decoder_start_token_id": 0}
@@ -65,6 +66,46 @@ def make_teacher(name: str = "v1.0", dtype: torch.dtype = torch.float32, **chang
             if "relative_attention_bias" in parameter_name:
                 parameter.normal_(std=1.0)
     return teacher.to(dtype).eval()
+
+
+def make_bank(name="v1.0", dtype=torch.float32, granularities=None, **changes):
+    """A bank whose modules differ from the originals and from each other, as after training."""
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(name, dtype, **changes), granularities)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter_name, parameter in bank.named_parameters():
+            if ".bank." in parameter_name:
+                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+    return bank
+
+
+def stored_tensors(folder):
+    """Everything in the shards of a saved bank."""
+    return dict(StoredTensors(folder))
+
+
+def tamper(folder, change, listed=True):
+    """Let `change` alter the tensors of a saved bank, and the index with them if they are to be `listed` there."""
+    index = folder / "model.safetensors.index.json"
+    tensors, before = stored_tensors(folder), index.read_text()
+    change(tensors)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    write_shards(folder, tensors)
+    if not listed:
+        index.write_text(before)
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.fixture
+def hub():
+    """The Hub on loopback, its counts at zero."""
+    HUB.forget_traffic()
+    return HUB
 
 
 @pytest.fixture(scope="session")

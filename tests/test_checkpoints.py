@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_teacher
-from safetensors.torch import load_file, save_file
+from conftest import make_teacher, stored_tensors, tamper
 from training import Noting, logged, make_trainer
 from transformers import AutoModelForSeq2SeqLM
 from transformers.trainer_utils import get_last_checkpoint
@@ -50,7 +49,7 @@ def test_a_resumed_training_is_the_same_training(changes, tmp_path):
 def test_a_checkpoint_holds_the_modules_alone(tmp_path):
     trainer = make_trainer(tmp_path, **SAVING)
     trainer.train()
-    saved = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+    saved = stored_tensors(tmp_path / "checkpoint-6")
     assert saved.keys() == {name for name in trainer.model.state_dict() if ".bank." in name}
     assert not list(tmp_path.glob(".writing*"))
     trainer.save_model(tmp_path / "bank")
@@ -78,7 +77,7 @@ def test_a_checkpoint_and_its_teacher_are_a_bank(tmp_path):
     assert half.dtype == torch.bfloat16
     assert not info["missing_keys"]
     shutil.rmtree(tmp_path / "teacher")
-    with pytest.raises(ValueError, match="no folder here and has no revision on the Hub: pass it as"):
+    with pytest.raises(ValueError, match="teacher', which is no Hub id: pass it as"):
         ModularT5ForConditionalGeneration.from_pretrained(checkpoint)
     other = make_teacher("v1.1")
     with torch.no_grad():
@@ -94,7 +93,7 @@ def test_modules_alone_by_hand(tmp_path):
     bank = ModularT5ForConditionalGeneration.from_t5(teacher)
     bank.save_pretrained(tmp_path, modules_only=True)
     whole = sum(parameter.numel() for parameter in bank.parameters())
-    saved = sum(tensor.numel() for tensor in load_file(tmp_path / "model.safetensors").values())
+    saved = sum(tensor.numel() for tensor in stored_tensors(tmp_path).values())
     assert saved == whole - sum(parameter.numel() for parameter in teacher.parameters())
     assert not bank.config.modules_only
     again = ModularT5ForConditionalGeneration.from_pretrained(tmp_path, teacher=teacher)
@@ -124,21 +123,23 @@ def test_a_checkpoint_of_another_bank_is_refused(tmp_path):
     fewer = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.1), granularities=(2, 3))
     with pytest.raises(ValueError, match=r"of another bank: its granularities is .*, this one's "):
         make_trainer(tmp_path, bank=fewer).train(resume_from_checkpoint=True)
-    weights = tmp_path / "checkpoint-6" / "model.safetensors"
-    tensors = load_file(weights)
-    tensors["encoder.bank.9.0.layer_norm"] = tensors.pop(next(iter(tensors)))
-    save_file(tensors, weights, metadata={"format": "pt"})
+    tamper(tmp_path / "checkpoint-6", lambda tensors: tensors.update({"encoder.bank.9.0.norm": tensors.pop(next(iter(tensors)))}))
     with pytest.raises(ValueError, match=r"1 of this one's tensors are missing there .* 1 are unknown here"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_a_torn_checkpoint_is_refused(tmp_path):
     make_trainer(tmp_path, **SAVING).train()
-    weights = tmp_path / "checkpoint-6" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
+    checkpoint = tmp_path / "checkpoint-6"
+    shard = checkpoint / "model-encoder-modules-2.safetensors"
+    whole = shard.read_bytes()
+    tamper(checkpoint, lambda tensors: tensors.update({"encoder.bank.2.0.layer.0.SelfAttention.q.weight": torch.zeros(3, 3)}))
     with pytest.raises(ValueError, match="checkpoint-6 is torn or of another bank"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match=r"model.safetensors in .*checkpoint-6 is torn"):
+    shard.write_bytes(whole[:-1000])
+    with pytest.raises(ValueError, match=r"model-encoder-modules-2.safetensors of .*checkpoint-6 is torn"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"model-encoder-modules-2.safetensors of .*checkpoint-6 is torn"):
         ModularT5ForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-6", teacher=make_teacher())
 
 
@@ -223,7 +224,7 @@ def test_a_killed_training_goes_on_bit_for_bit(tmp_path):
     assert run(tmp_path / "killed").wait() == 0
     assert not (tmp_path / "killed" / ".writing-checkpoint-12").exists()
     ends = [tmp_path / name / "checkpoint-15" for name in ("unharmed", "killed")]
-    assert equal(*(load_file(end / "model.safetensors") for end in ends))
+    assert equal(*(stored_tensors(end) for end in ends))
     logs = [history(json.loads((end / "trainer_state.json").read_text())["log_history"]) for end in ends]
     assert len(logs[0]) > 5
     assert logs[0] == logs[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import stored_tensors
 from test_checkpoints import equal, history
 from training import CHECKPOINTING
 from transformers.trainer_utils import get_last_checkpoint
@@ -70,7 +70,7 @@ def test_two_processes_train_as_one_with_their_batches_together(tmp_path):
         for name in ("loss", "task_loss", "logit_loss", "grad_norm", "learning_rate"):
             if name in one_entry:
                 assert two_entry[name] == pytest.approx(one_entry[name], rel=1e-4), name
-    tensors = [load_file(tmp_path / str(processes) / "checkpoint-6" / "model.safetensors") for processes in (2, 1)]
+    tensors = [stored_tensors(tmp_path / str(processes) / "checkpoint-6") for processes in (2, 1)]
     for name, tensor in tensors[0].items():
         torch.testing.assert_close(tensor, tensors[1][name], rtol=1e-3, atol=2e-4)  # a step of AdamW is 1e-3
     for result in results(tmp_path / "2"):
@@ -85,7 +85,7 @@ def test_a_killed_process_stops_all_and_they_go_on_bit_for_bit(two, tmp_path):
     assert get_last_checkpoint(tmp_path).endswith("checkpoint-6")
     status, errors = run(tmp_path)
     assert status == 0, errors
-    assert equal(*(load_file(folder / "checkpoint-15" / "model.safetensors") for folder in (two, tmp_path)))
+    assert equal(*(stored_tensors(folder / "checkpoint-15") for folder in (two, tmp_path)))
     assert log_of(two) == log_of(tmp_path)
     assert [result["weights"] for result in results(two)] == [result["weights"] for result in results(tmp_path)]
     assert not list(tmp_path.glob(".writing*"))

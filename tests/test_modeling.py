@@ -2,19 +2,15 @@
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from itertools import product
 
 import pytest
 import torch
-from conftest import DTYPES, PICO, TEACHERS, UNTIED, make_teacher
+from conftest import DTYPES, PICO, TEACHERS, UNTIED, logits, make_bank, make_teacher
 from peft import LoraConfig
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSeq2SeqLM,
     GenerationConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -26,7 +22,6 @@ from transformers.models.t5.modeling_t5 import T5Block, T5Stack
 
 from modular_t5 import AssemblyPlan, ModularT5Config, ModularT5ForConditionalGeneration
 from modular_t5.assembly_modular_t5 import tilings
-from modular_t5.storage_modular_t5 import staged_folder
 
 
 SIX_SIX_PLANS = [str(AssemblyPlan(*sides)) for sides in product(tilings(6, (2, 3, 6)), repeat=2)]
@@ -45,24 +40,8 @@ DECODING = {
 }
 
 
-def make_bank(name="v1.0", dtype=torch.float32, granularities=None, **changes):
-    """A bank whose modules differ from the originals and from each other, as after training."""
-    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(name, dtype, **changes), granularities)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter_name, parameter in bank.named_parameters():
-            if ".bank." in parameter_name:
-                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
-    return bank
-
-
 def spread_of_plans(bank):
     return [*bank.shape.path("size-first"), *bank.shape.path("speed-first")[-2:]]
-
-
-def logits(model, inputs):
-    with torch.no_grad():
-        return model(**inputs).logits
 
 
 def generated(model, inputs, **arguments):
@@ -499,191 +478,3 @@ def test_wrong_arguments_of_from_t5(tmp_path):
         ModularT5ForConditionalGeneration.from_t5(teacher, initialization="best")
     with pytest.raises(ValueError, match=r"\['dtype'\] apply where a teacher is loaded"):
         ModularT5ForConditionalGeneration.from_t5(teacher, dtype=torch.bfloat16)
-
-
-# -- saving and loading ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", TEACHERS)
-def test_a_bank_saves_and_loads_to_the_bit(name, dtype, inputs, tmp_path):
-    bank = make_bank(name, dtype)
-    plan = bank.set_plan(bank.shape.path("size-first")[-1])
-    bank.save_pretrained(tmp_path)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
-    again = ModularT5ForConditionalGeneration.from_pretrained(tmp_path)
-    assert again.plan == plan
-    assert again.dtype == dtype
-    assert again.config.granularities == bank.config.granularities
-    state = again.state_dict()
-    assert set(state) == set(bank.state_dict())
-    assert all(torch.equal(tensor, state[name]) for name, tensor in bank.state_dict().items())
-    assert torch.equal(logits(again, inputs), logits(bank, inputs))
-    assert (again.lm_head.weight is again.shared.weight) == (name not in UNTIED)
-
-
-def test_the_auto_classes_give_the_same_class(tmp_path):
-    make_bank().save_pretrained(tmp_path)
-    assert type(AutoConfig.from_pretrained(tmp_path)) is ModularT5Config
-    for auto in (AutoModel, AutoModelForSeq2SeqLM):
-        assert type(auto.from_pretrained(tmp_path)) is ModularT5ForConditionalGeneration
-        assert type(auto.from_config(AutoConfig.from_pretrained(tmp_path))) is ModularT5ForConditionalGeneration
-
-
-def test_a_sharded_bank_loads(tmp_path, inputs):
-    bank = make_bank()
-    bank.save_pretrained(tmp_path, max_shard_size="40KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    assert torch.equal(logits(ModularT5ForConditionalGeneration.from_pretrained(tmp_path), inputs), logits(bank, inputs))
-    (tmp_path / "model_card.safetensors").write_text("of another kind")
-    bank.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.glob("model*")} == {"model.safetensors", "model_card.safetensors"}
-
-
-def test_a_plain_t5_loads_the_originals_out_of_a_bank(tmp_path, inputs):
-    teacher = make_teacher()
-    ModularT5ForConditionalGeneration.from_t5(teacher).save_pretrained(tmp_path)
-    config = T5Config(**{**teacher.config.to_dict(), "architectures": None})
-    again, info = T5ForConditionalGeneration.from_pretrained(tmp_path, config=config, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert torch.equal(logits(again, inputs), logits(teacher, inputs))
-
-
-def tamper(folder, change):
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-MODULE = "decoder.bank.3.1.layer.1.EncDecAttention.q.weight"
-
-
-def test_a_missing_module_is_an_error_that_names_it(tmp_path):
-    make_bank().save_pretrained(tmp_path)
-    tamper(tmp_path, lambda tensors: tensors.pop(MODULE))
-    with pytest.raises(ValueError, match=MODULE.replace(".", r"\.")):
-        ModularT5ForConditionalGeneration.from_pretrained(tmp_path)
-
-
-def test_a_misshaped_module_is_the_librarys_error(tmp_path):
-    make_bank().save_pretrained(tmp_path)
-    tamper(tmp_path, lambda tensors: tensors.update({MODULE: torch.zeros(3, 3)}))
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        ModularT5ForConditionalGeneration.from_pretrained(tmp_path)
-
-
-def test_a_truncated_file_is_the_librarys_error(tmp_path):
-    make_bank().save_pretrained(tmp_path)
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(Exception, match=r"incomplete metadata|not fully covered"):
-        ModularT5ForConditionalGeneration.from_pretrained(tmp_path)
-
-
-def test_a_plain_t5_is_not_taken_for_a_bank(tmp_path):
-    make_teacher().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"it is no bank; .*from_t5 builds one"):
-        ModularT5ForConditionalGeneration.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_layers": 10**6}, "num_layers must be an integer from 1 to 256"),
-        ({"d_model": 10**9}, "d_model must be an integer"),
-        ({"d_ff": -24}, "d_ff must be an integer"),
-        ({"layer_norm_epsilon": -1.0}, "layer_norm_epsilon must be from 0 to 1, got -1.0"),
-        ({"scale_decoder_outputs": "no"}, "scale_decoder_outputs must be true or false, got 'no'"),
-        ({"dense_act_fn": "nope"}, "unknown activation 'nope'"),
-        ({"num_heads": "many"}, "num_heads"),
-        ({"granularities": [4]}, "granularity 4 does not divide"),
-        ({"granularities": None}, "a bank needs modules|missing|lacks"),
-        ({"plan": {"encoder": [2, 2], "decoder": [6]}}, "covers 4 layers"),
-        ({"plan": "../../etc"}, "is not <span>x<count>|two sides"),
-    ],
-)
-def test_a_broken_config_file_is_refused(change, message, tmp_path):
-    make_bank(granularities=(2, 3)).save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(Exception, match=message) as caught:
-        ModularT5ForConditionalGeneration.from_pretrained(tmp_path)
-    assert isinstance(caught.value, ValueError) or type(caught.value).__module__.startswith(("huggingface_hub", "transformers"))
-
-
-def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
-    folder = tmp_path / "bank"
-    bank = make_bank()
-    bank.save_pretrained(folder)
-    (folder / "README.md").write_text("mine")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    def full_disk(*args, **kwargs):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full_disk)
-    bank.set_plan("2x3/2x3")
-    with pytest.raises(OSError, match="No space left"):
-        bank.save_pretrained(folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    with pytest.raises(OSError, match="No space left"):
-        bank.save_pretrained(tmp_path / "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["bank"]
-
-
-def test_a_save_that_fails_while_files_move_is_undone(tmp_path, monkeypatch):
-    folder = tmp_path / "bank"
-    bank = make_bank()
-    bank.save_pretrained(folder, max_shard_size="40KB")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    moves = []
-
-    def fails_at_the_last(source, target, replace=os.replace):
-        moves.append(target)
-        if str(target).endswith("/bank/model.safetensors"):
-            raise OSError("No space left on device")
-        replace(source, target)
-
-    monkeypatch.setattr("modular_t5.storage_modular_t5.os.replace", fails_at_the_last)
-    bank.set_plan("2x3/2x3")
-    with pytest.raises(OSError, match="No space left"):
-        bank.save_pretrained(folder)
-    assert len(moves) > len(before)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_a_failed_save_leaves_what_another_saved_meanwhile(tmp_path):
-    def save_and_fail(folder, meanwhile):
-        with staged_folder(folder):
-            meanwhile(folder)
-            raise RuntimeError("mine")
-
-    with pytest.raises(RuntimeError, match="mine"):
-        save_and_fail(tmp_path / "a" / "b", make_bank().save_pretrained)
-    assert (tmp_path / "a" / "b" / "model.safetensors").exists()
-    with pytest.raises(RuntimeError, match="mine"):
-        save_and_fail(tmp_path / "c" / "d", lambda folder: None)
-    assert not (tmp_path / "c").exists()
-
-
-def test_a_failed_upload_leaves_the_saved_bank(tmp_path, monkeypatch):
-    uploads = []
-
-    def no_network(bank, repo_id, **arguments):
-        uploads.append((repo_id, arguments))
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(ModularT5ForConditionalGeneration, "push_to_hub", no_network)
-    with pytest.raises(ConnectionError):
-        make_bank().save_pretrained(tmp_path / "my-bank", push_to_hub=True, private=True, max_shard_size="1GB")
-    assert uploads == [("my-bank", {"private": True})]
-    assert ModularT5ForConditionalGeneration.from_pretrained(tmp_path / "my-bank")
-
-
-def test_saving_over_a_file_is_refused(tmp_path):
-    (tmp_path / "bank").write_text("a file")
-    with pytest.raises(NotADirectoryError, match="give a folder"):
-        make_bank().save_pretrained(tmp_path / "bank")
-    assert (tmp_path / "bank").read_text() == "a file"

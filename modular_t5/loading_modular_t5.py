@@ -1,0 +1,260 @@
+"""A saved bank, opened: what is in it, and its tensors by name, fetched and read when asked for.
+
+A bank may be saved whole, or as modules alone that name their teacher, or as low-rank differences from layers of that teacher; here they
+are alike.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, MT5ForConditionalGeneration, T5ForConditionalGeneration
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from .assembly_modular_t5 import BankShape
+from .configuration_modular_t5 import ModularT5Config, stock_config
+from .layout_modular_t5 import EMBEDDINGS, HEAD, SHARED, bank_shape, initial_name, is_bank_tensor, own_part_of, shaped_like, tensor_names
+from .storage_modular_t5 import HUB_ARGUMENTS, StoredTensors, fingerprint
+
+
+_TEACHERS = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def hub_arguments_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where on the Hub files are, and how to get them."""
+    return {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
+
+
+def load_teacher(name_or_path: str | os.PathLike, **kwargs: Any) -> T5ForConditionalGeneration | MT5ForConditionalGeneration:
+    """The T5 of a folder or Hub id; never runs code that comes with it.
+
+    Raises:
+        ValueError: it is no T5 with a head.
+    """
+    model_type = AutoConfig.from_pretrained(name_or_path, **hub_arguments_of(kwargs)).model_type
+    if model_type not in _TEACHERS:
+        raise ValueError(not_a_teacher(str(name_or_path), model_type))
+    return _TEACHERS[model_type].from_pretrained(name_or_path, **kwargs)
+
+
+def hub_teacher(config: ModularT5Config) -> tuple[str, str]:
+    """Hub id and commit of a bank's teacher; a `ValueError` if its configuration does not tell both."""
+    named, revision = config.teacher["name_or_path"] or "", config.teacher["revision"] or ""
+    try:
+        validate_repo_id(named)
+    except HFValidationError as error:
+        raise ValueError(f"their teacher is named {named!r}, which is no Hub id") from error
+    if not _COMMIT.fullmatch(revision):
+        raise ValueError(f"of their teacher {named!r} no commit is named, but {revision!r}")
+    return named, revision
+
+
+def is_teacher(model: Any) -> bool:
+    """Whether a model is a stock T5 with a head."""
+    return isinstance(model, tuple(_TEACHERS.values())) and getattr(model.config, "model_type", None) in _TEACHERS
+
+
+def not_a_teacher(name: str, model_type: str | None) -> str:
+    """Why a model of this type cannot be one."""
+    reasons = {
+        "umt5": "UMT5 has a relative position bias in every layer, which a module for several layers cannot stand in for",
+        "modular_t5": "it is a bank already; load it with from_pretrained",
+    }
+    reason = reasons.get(model_type, "a teacher is a T5ForConditionalGeneration or an MT5ForConditionalGeneration")
+    return f"cannot build a bank from {name} (model type {model_type!r}): {reason}"
+
+
+def teacher_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The teacher's weights by name, out of a teacher or of a bank; a tied head is left out."""
+    return {name: parameter for name, parameter in model.named_parameters() if not is_bank_tensor(name)}
+
+
+class SavedBank:
+    """A bank in a folder or on the Hub.
+
+    Args:
+        source: the folder or Hub id.
+        teacher: of modules saved alone, in place of the one that their configuration names: a model, a folder or a Hub id.
+        variant: part of the weights' file names.
+        strict: refuse a bank that has too few or too many tensors.
+        hub_arguments: some of `HUB_ARGUMENTS`. The revision is looked up once, so that all files are of one commit.
+
+    Raises:
+        ValueError: it is no bank; its files do not belong together; its teacher is not named as it must be, or has other weights.
+        OSError: something cannot be found or fetched.
+    """
+
+    def __init__(
+        self, source: str | os.PathLike, *, teacher: Any = None, variant: str | None = None, strict: bool = True, **hub_arguments: Any
+    ):
+        self.source, self.hub_arguments = source, dict(hub_arguments)
+        self.revision: str | None = extract_commit_hash(cached_file(source, CONFIG_NAME, **hub_arguments), None)
+        if self.revision is not None:
+            self.hub_arguments["revision"] = self.revision
+        fields, _ = ModularT5Config.get_config_dict(source, **self.hub_arguments)
+        if fields.get("model_type") != ModularT5Config.model_type:
+            raise ValueError(
+                f"{source} is of model type {fields.get('model_type')!r}: it is no bank; "
+                "ModularT5ForConditionalGeneration.from_t5 builds one around a T5"
+            )
+        self.config: ModularT5Config = ModularT5Config.from_dict(fields)
+        if teacher is not None and not self.config.modules_only:
+            raise ValueError(f"{source} holds its own teacher; leave teacher= out, or build a bank by from_t5")
+        self.stored = StoredTensors(source, variant=variant, **self.hub_arguments)
+        self._teacher = teacher
+        if strict:
+            self._check_names()
+
+    @property
+    def origin(self) -> dict[str, str | None]:
+        """What an assembled model remembers."""
+        return {"bank": str(self.source), "revision": self.revision}
+
+    @property
+    def owns_what_it_reads(self) -> bool:
+        """Whether nobody else has the tensors that `read` returns: all but those of a teacher that was given as a model."""
+        return not isinstance(self._teacher, nn.Module)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors of the bank, the teacher's included, wherever they come from."""
+        return tensor_names(self.one_layer, self.config)
+
+    @cached_property
+    def one_layer(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of a T5 like the teacher with one layer a side. No memory is taken for it."""
+        with torch.device("meta"):
+            model = T5ForConditionalGeneration(stock_config(self.config, (1, 1)))
+        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+    @property
+    def shape(self) -> BankShape:
+        """The counts that choosing a plan works with."""
+        sizes = {name: torch.Size(shape).numel() for name, shape in self.one_layer.items() if name != HEAD or self._has_head}
+        return bank_shape(sizes, self.config, self.config.dtype.itemsize if isinstance(self.config.dtype, torch.dtype) else 4)
+
+    @cached_property
+    def teacher(self) -> T5ForConditionalGeneration | MT5ForConditionalGeneration | None:
+        """Of modules saved alone, the model that they were made for, its weights checked by their SHA-256."""
+        if not self.config.modules_only:
+            return None
+        teacher = self._teacher
+        if not isinstance(teacher, nn.Module):
+            arguments = {name: value for name, value in self.hub_arguments.items() if name not in ("revision", "subfolder")}
+            if teacher is None:
+                teacher, revision = self._named_teacher()
+                arguments |= {"revision": revision} if revision else {}
+            teacher = load_teacher(teacher, dtype=self.config.dtype, **arguments)
+        elif not is_teacher(teacher):
+            raise ValueError(not_a_teacher(type(teacher).__name__, getattr(getattr(teacher, "config", None), "model_type", None)))
+        found = fingerprint(teacher_tensors(teacher))
+        if found != self.config.teacher["sha256"]:
+            raise ValueError(
+                f"the modules in {self.source} were trained for another teacher ({self.config.teacher['name_or_path']}): the weights that "
+                f"they came with have SHA-256 {self.config.teacher['sha256']}, these have {found}"
+            )
+        return teacher
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The bank's, else its teacher's."""
+        try:
+            return GenerationConfig.from_pretrained(self.source, **self.hub_arguments)
+        except OSError:  # there is none
+            return GenerationConfig.from_model_config(self.config) if self.teacher is None else self.teacher.generation_config
+
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Fetch the shards of these tensors (by default of all) and compare shapes with the configuration's; read no tensor."""
+        wanted = self.names if names is None else names
+        stored = {part for name in wanted for part in self._parts(name) if part in self.stored}
+        self.stored.check({name: self._stored_shape(name) for name in stored})
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """These tensors of the bank, and those alone. Names of one tensor get one tensor."""
+        names = list(names)
+        actual = {name: self._actual(name) for name in names}
+        self.check(actual.values())
+        of_teacher = {} if self.teacher is None else teacher_tensors(self.teacher)
+        tensors = {}
+        for name in dict.fromkeys(actual.values()):
+            if name in self.stored:
+                tensors[name] = self.stored[name]
+            elif name in of_teacher:
+                tensors[name] = of_teacher[name].detach()
+            else:
+                tensors[name] = self._with_adapters(name, of_teacher[initial_name(name, self.config)].detach())
+        return {name: tensors[actual[name]] for name in names}
+
+    # -- what a tensor is made of ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _has_head(self) -> bool:
+        """Whether the head is a matrix of its own."""
+        if self.teacher is not None:
+            return self.teacher.lm_head.weight is not self.teacher.shared.weight
+        return HEAD in self.stored
+
+    def _actual(self, name: str) -> str:
+        return SHARED if name in EMBEDDINGS or (name == HEAD and not self._has_head) else name
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        """The names that a tensor, or what it is made of, may have in the files."""
+        path = name.removesuffix(".weight")
+        return (name, *(f"{path}.lora_{matrix}.default.weight" for matrix in "AB"))
+
+    def _with_adapters(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        _, down, up = self._parts(name)
+        if down not in self.stored:
+            return base.clone()
+        return base + self.config.lora["scaling"] * (self.stored[up].to(base) @ self.stored[down].to(base))
+
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
+        path, adapter, matrix = name.partition(".lora_")
+        if not adapter:
+            return self.one_layer[shaped_like(name)]
+        rows, columns = self.one_layer[shaped_like(f"{path}.weight")]
+        rank = self.config.lora["rank"]
+        return (rank, columns) if matrix.startswith("A") else (rows, rank)
+
+    def _check_names(self) -> None:
+        """Whether the files hold what the configuration says, and nothing else; of Hub banks as their index tells."""
+        every = tensor_names(self.one_layer, self.config)
+        found = set(self.stored)
+        if not self.config.modules_only:
+            # Those of one tensor may be there under each of its names.
+            missing, extra = set(every) - found - {*EMBEDDINGS, HEAD} | {SHARED} - found, found - set(every)
+        elif not self.config.lora:
+            wanted = set(filter(is_bank_tensor, every))
+            missing, extra = wanted - found, found - wanted
+        else:
+            weights = {name for name in every if is_bank_tensor(name)}
+            own = set(filter(own_part_of, weights))
+            matrices = {name for name in weights - own if len(self.one_layer[shaped_like(name)]) == 2}
+            pairs = {part: pair for name in matrices for _, *pair in [self._parts(name)] for part in pair}
+            present = found & pairs.keys()
+            missing = {part for name in present for part in pairs[name]} - found | own - found | (set() if present else {"lora_A"})
+            extra = found - own - pairs.keys()
+        if missing or extra:
+            word, names = ("lacks", missing) if missing else ("has beside those", extra)
+            raise ValueError(
+                f"{self.source} does not hold the tensors that its configuration tells of: it {word} {len(names)}, the first of them "
+                f"{min(names)}; download or save it again"
+            )
+
+    def _named_teacher(self) -> tuple[str, str | None]:
+        """Name and revision of the teacher, as the configuration has them, if it may be loaded from there."""
+        folder = self.config.teacher["name_or_path"] or ""
+        if os.path.isdir(self.source) and os.path.isdir(folder):
+            return folder, None  # both are on this disk
+        try:
+            return hub_teacher(self.config)
+        except ValueError as error:
+            raise ValueError(f"{self.source} holds modules alone, and {error}: pass it as from_pretrained(..., teacher=...)") from error
