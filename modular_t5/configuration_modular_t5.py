@@ -118,6 +118,8 @@ class ModularT5Config(T5Config):
         if self.modules_only and not (self.teacher or {}).get("sha256"):
             raise ValueError("a bank of modules alone names its teacher by the SHA-256 of its weights; this configuration does not")
         self.lora = _checked_mapping("lora", self.lora, {"rank": int, "scaling": Real}) if self.lora else None
+        if self.lora and not (self.lora["rank"] or 0) >= 1:
+            raise ValueError(f"the rank of lora must be a positive integer, got {self.lora['rank']!r}")
         self.auto_map = dict(_AUTO_MAP)
         set_cache_depth(self)
 

@@ -40,12 +40,12 @@ def own_part_of(name: str) -> str | None:
 
 def shard_of(name: str) -> str:
     """Which shard of a saved bank a tensor lies in: `common`, `own`, `<side>-original` or `<side>-modules-<granularity>`."""
-    side, kind, *rest = name.split(".")
+    side, _, rest = name.partition(".")
     if own_part_of(name):
         return "own"
-    if kind == "bank":
-        return f"{side}-modules-{rest[0]}"
-    return f"{side}-original" if kind == "block" and not name.endswith(BIAS_TABLE) else "common"
+    if rest.startswith("bank."):
+        return f"{side}-modules-{rest.split('.')[1]}"
+    return f"{side}-original" if rest.startswith("block.") and not name.endswith(BIAS_TABLE) else "common"
 
 
 def shaped_like(name: str) -> str:

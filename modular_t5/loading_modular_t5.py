@@ -33,16 +33,25 @@ def hub_arguments_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
 
 
-def load_teacher(name_or_path: str | os.PathLike, **kwargs: Any) -> T5ForConditionalGeneration | MT5ForConditionalGeneration:
-    """The T5 of a folder or Hub id; never runs code that comes with it.
+def commit_of(source: str | os.PathLike, **hub_arguments: Any) -> str | None:
+    """The commit that a revision of a Hub repository is now; None for a folder."""
+    return extract_commit_hash(cached_file(source, CONFIG_NAME, **hub_arguments), None)
+
+
+def load_teacher(
+    name_or_path: str | os.PathLike, **kwargs: Any
+) -> tuple[T5ForConditionalGeneration | MT5ForConditionalGeneration, str | None]:
+    """The T5 of a folder or Hub id, and its commit there; never runs code that comes with it.
 
     Raises:
         ValueError: it is no T5 with a head.
     """
+    commit = commit_of(name_or_path, **hub_arguments_of(kwargs))
+    kwargs |= {"revision": commit} if commit else {}
     model_type = AutoConfig.from_pretrained(name_or_path, **hub_arguments_of(kwargs)).model_type
     if model_type not in _TEACHERS:
         raise ValueError(not_a_teacher(str(name_or_path), model_type))
-    return _TEACHERS[model_type].from_pretrained(name_or_path, **kwargs)
+    return _TEACHERS[model_type].from_pretrained(name_or_path, **kwargs), commit
 
 
 def hub_teacher(config: ModularT5Config) -> tuple[str, str]:
@@ -96,7 +105,7 @@ class SavedBank:
         self, source: str | os.PathLike, *, teacher: Any = None, variant: str | None = None, strict: bool = True, **hub_arguments: Any
     ):
         self.source, self.hub_arguments = source, dict(hub_arguments)
-        self.revision: str | None = extract_commit_hash(cached_file(source, CONFIG_NAME, **hub_arguments), None)
+        self.revision: str | None = commit_of(source, **hub_arguments)
         if self.revision is not None:
             self.hub_arguments["revision"] = self.revision
         fields, _ = ModularT5Config.get_config_dict(source, **self.hub_arguments)
@@ -105,7 +114,12 @@ class SavedBank:
                 f"{source} is of model type {fields.get('model_type')!r}: it is no bank; "
                 "ModularT5ForConditionalGeneration.from_t5 builds one around a T5"
             )
+        if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **self.hub_arguments):
+            # transformers would load the model that it names instead of the bank
+            raise ValueError(f"{source} holds an adapter_config.json, which is of peft's own adapters and not of banks; take it away")
         self.config: ModularT5Config = ModularT5Config.from_dict(fields)
+        if self.config.lora and not self.config.modules_only:
+            raise ValueError(f"{source} has a configuration that contradicts itself: lora belongs to a bank of modules alone")
         if teacher is not None and not self.config.modules_only:
             raise ValueError(f"{source} holds its own teacher; leave teacher= out, or build a bank by from_t5")
         self.stored = StoredTensors(source, variant=variant, **self.hub_arguments)
@@ -138,7 +152,7 @@ class SavedBank:
     @property
     def shape(self) -> BankShape:
         """The counts that choosing a plan works with."""
-        sizes = {name: torch.Size(shape).numel() for name, shape in self.one_layer.items() if name != HEAD or self._has_head}
+        sizes = {name: torch.Size(shape).numel() for name, shape in self.one_layer.items() if self._actual(name) == name}
         return bank_shape(sizes, self.config, self.config.dtype.itemsize if isinstance(self.config.dtype, torch.dtype) else 4)
 
     @cached_property
@@ -152,7 +166,7 @@ class SavedBank:
             if teacher is None:
                 teacher, revision = self._named_teacher()
                 arguments |= {"revision": revision} if revision else {}
-            teacher = load_teacher(teacher, dtype=self.config.dtype, **arguments)
+            teacher, _ = load_teacher(teacher, dtype=self.config.dtype, **arguments)
         elif not is_teacher(teacher):
             raise ValueError(not_a_teacher(type(teacher).__name__, getattr(getattr(teacher, "config", None), "model_type", None)))
         found = fingerprint(teacher_tensors(teacher))

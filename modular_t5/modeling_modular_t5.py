@@ -143,6 +143,7 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         """
         if initialization not in INITIALIZATIONS:
             raise ValueError(f"unknown initialization {initialization!r}; choose one of {', '.join(INITIALIZATIONS)}")
+        commit = None
         if isinstance(teacher, nn.Module):
             if kwargs:
                 raise ValueError(f"{sorted(kwargs)} apply where a teacher is loaded; a model was given, so set them on it")
@@ -151,12 +152,12 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         else:
             if "output_loading_info" in kwargs:
                 raise ValueError("from_t5 returns a bank alone; load the teacher yourself for its output_loading_info")
-            teacher = load_teacher(teacher, **kwargs)
+            teacher, commit = load_teacher(teacher, **kwargs)
 
         fields = t5_fields(teacher.config)
         # mT5's code never scales and its configuration does not say so.
         fields.setdefault("scale_decoder_outputs", False)
-        named = {"name_or_path": teacher.config.name_or_path, "revision": getattr(teacher.config, "_commit_hash", None)}
+        named = {"name_or_path": teacher.config.name_or_path, "revision": commit}
         config = ModularT5Config(**fields, granularities=granularities, initialization=initialization, teacher=named)
         config.name_or_path = teacher.config.name_or_path
 
@@ -187,6 +188,7 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         """
         path, wants_info = pretrained_model_name_or_path, kwargs.get("output_loading_info", False)
         teacher, saved = kwargs.pop("teacher", None), None
+        kwargs.pop("trust_remote_code", None)  # what runs is this class, and it has no generation code of its own to fetch
         if path is not None and kwargs.get("state_dict") is None:
             if kwargs.setdefault("use_safetensors", True) is False:
                 raise ValueError("use_safetensors=False: a bank's weights are safetensors; nothing else is read")

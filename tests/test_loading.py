@@ -1,0 +1,362 @@
+"""Opening saved banks: assembling without loading the rest, and refusing what is not as it must be before anything is run or taken."""
+
+import json
+import pickle
+import resource
+
+import pytest
+import torch
+from conftest import DTYPES, TEACHERS, logits, make_bank, make_teacher, tamper
+from transformers import GenerationConfig, T5ForConditionalGeneration
+
+from modular_t5 import ModularT5ForConditionalGeneration
+from modular_t5.loading_modular_t5 import SavedBank
+from modular_t5.storage_modular_t5 import StoredTensors
+
+
+assemble_from = ModularT5ForConditionalGeneration.assemble_from_pretrained
+load = ModularT5ForConditionalGeneration.from_pretrained
+
+
+def same(one, other):
+    state = other.state_dict()
+    return set(one.state_dict()) == set(state) and all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
+
+
+# -- assembling without loading the rest -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TEACHERS)
+def test_it_is_what_the_loaded_bank_assembles(name, dtype, inputs, tmp_path):
+    saved = make_bank(name, dtype)
+    saved.generation_config = GenerationConfig(num_beams=3, decoder_start_token_id=0)
+    saved.save_pretrained(tmp_path)
+    bank = load(tmp_path)
+    for plan in bank.shape.path("size-first")[1::2]:
+        lazily, whole = assemble_from(tmp_path, plan), bank.assemble(plan)
+        assert type(lazily) is T5ForConditionalGeneration
+        assert same(lazily, whole)
+        assert torch.equal(logits(lazily, inputs), logits(whole, inputs))
+        assert {**lazily.config.to_dict(), "_name_or_path": None} == {**whole.config.to_dict(), "_name_or_path": None}
+        assert (lazily.lm_head.weight is lazily.shared.weight) == (whole.lm_head.weight is whole.shared.weight)
+        assert lazily.generation_config.num_beams == 3
+        assert not lazily.training
+
+
+@pytest.mark.parametrize("parts", [("head",), ("final_norms",), ("final_norms", "head")])
+@pytest.mark.parametrize("name", ["v1.0", "v1.1"])
+def test_with_parts_of_its_own(name, parts, inputs, tmp_path):
+    bank = make_bank(name)
+    for part in parts:
+        bank.add_own_part(part)
+    with torch.no_grad():
+        for parameter in bank.encoder.bank["final_layer_norm"].parameters() if "final_norms" in parts else ():
+            parameter.mul_(2)
+    bank.save_pretrained(tmp_path)
+    for plan in ("2x3/1x6", "1x6/2x3"):
+        assert same(assemble_from(tmp_path, plan), bank.assemble(plan))
+    assert SavedBank(tmp_path).shape == bank.shape
+
+
+def test_strategies_choose_as_the_bank_does(tmp_path):
+    bank = make_bank("byt5")
+    bank.save_pretrained(tmp_path)
+    assert SavedBank(tmp_path).shape == bank.shape
+    for strategy, ratio in (("size-first", 1.5), ("speed-first", 2)):
+        assert same(assemble_from(tmp_path, strategy, ratio), bank.assemble(strategy, ratio))
+    with pytest.raises(ValueError, match="ratio must be a number from 1"):
+        assemble_from(tmp_path, "size-first", 100)
+    with pytest.raises(ValueError, match="unknown strategy 'smallest'"):
+        assemble_from(tmp_path, "smallest", 2)
+    with pytest.raises(ValueError, match="covers 4 layers; it has 6"):
+        assemble_from(tmp_path, "2x2/1x2")
+
+
+def test_type_device_and_attention(inputs, tmp_path):
+    bank = make_bank("v1.1")
+    bank.save_pretrained(tmp_path)
+    whole = bank.assemble("2x3/2x3")
+    for dtype in (torch.bfloat16, "bfloat16", "auto", torch.float16):
+        model = assemble_from(tmp_path, "2x3/2x3", dtype=dtype)
+        whole.save_pretrained(tmp_path / "stock")
+        stock = T5ForConditionalGeneration.from_pretrained(tmp_path / "stock", dtype=dtype)
+        assert model.dtype == stock.dtype
+        assert {name: p.dtype for name, p in model.named_parameters()} == {name: p.dtype for name, p in stock.named_parameters()}
+        assert same(model, stock)
+    assert assemble_from(tmp_path, "2x3/2x3", device="meta").device.type == "meta"
+    assert assemble_from(tmp_path, "2x3/2x3", attn_implementation="eager").encoder.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match=r"dtype must be a floating-point type of torch, its name, or 'auto'; got 'float33'"):
+        assemble_from(tmp_path, "2x3/2x3", dtype="float33")
+    with pytest.raises(ValueError, match="does not take device_map"):
+        assemble_from(tmp_path, "2x3/2x3", device_map="auto")
+
+
+def test_only_the_plans_tensors_are_read(tmp_path, monkeypatch):
+    bank = make_bank(num_layers=12, num_decoder_layers=12)
+    bank.save_pretrained(tmp_path)
+    for shard in ("decoder-original", "encoder-modules-2", "decoder-modules-6"):  # of no use to the plan
+        (tmp_path / f"model-{shard}.safetensors").unlink()
+    read, get = [], StoredTensors.__getitem__
+    monkeypatch.setattr(StoredTensors, "__getitem__", lambda stored, name: read.append(name) or get(stored, name))
+    model = assemble_from(tmp_path, "1x6-3x2/4x3")
+    assert len(read) == len(set(read)) == len(list(model.parameters()))
+    assert set(read) <= set(bank.parameter_map("1x6-3x2/4x3").values())
+    with pytest.raises(OSError, match=r"model-decoder-original\.safetensors"):
+        assemble_from(tmp_path, "4x3/1x12")
+
+
+def test_what_is_assembled_belongs_to_nobody_else(inputs, tmp_path):
+    bank = make_bank()
+    bank.save_pretrained(tmp_path)
+    model = assemble_from(tmp_path, "2x3/2x3")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert same(assemble_from(tmp_path, "2x3/2x3"), bank.assemble("2x3/2x3"))
+
+
+def test_a_bank_of_the_first_format(inputs, tmp_path):
+    # One file, no index, no code, and a configuration without what came later.
+    bank = make_bank("v1.1")
+    bank.set_plan("2x3/2x3")
+    T5ForConditionalGeneration.save_pretrained(bank, tmp_path)
+    for path in tmp_path.glob("*.py"):
+        path.unlink()
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    for name in ("auto_map", "initialization", "lora", "modules_only", "own_parts", "teacher"):
+        fields.pop(name)
+    path.write_text(json.dumps(fields))
+    again = load(tmp_path)
+    assert same(again, bank)
+    assert str(again.plan) == "2x3/2x3"
+    assert same(assemble_from(tmp_path, "1x6/2x3"), bank.assemble("1x6/2x3"))
+
+
+def test_a_bank_of_a_later_version_with_more_in_its_configuration(tmp_path):
+    bank = make_bank()
+    bank.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "calibration": {"2x3/2x3": 0.5}, "bank_format": 9}))
+    assert same(load(tmp_path), bank)
+    assert same(assemble_from(tmp_path, "2x3/2x3"), bank.assemble("2x3/2x3"))
+
+
+# -- modules alone ---------------------------------------------------------------------------------------------------------
+
+
+def test_modules_alone_are_assembled_with_their_teacher(inputs, tmp_path):
+    teacher = make_teacher("v1.1")
+    teacher.save_pretrained(tmp_path / "teacher")
+    bank = ModularT5ForConditionalGeneration.from_t5(tmp_path / "teacher")
+    with torch.no_grad():
+        bank.decoder.bank["3"][1].layer[0].SelfAttention.q.weight.mul_(2)
+    bank.save_pretrained(tmp_path / "bank", modules_only=True)
+    for given in (None, teacher, tmp_path / "teacher"):
+        model = assemble_from(tmp_path / "bank", "1x2-2x2/3x2", teacher=given)
+        assert same(model, bank.assemble("1x2-2x2/3x2"))
+        with torch.no_grad():
+            model.shared.weight.zero_()
+    assert teacher.shared.weight.any()
+    with pytest.raises(ValueError, match="cannot build a bank from Linear"):
+        assemble_from(tmp_path / "bank", "2x3/2x3", teacher=torch.nn.Linear(1, 1))
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------------
+
+MODULE = "decoder.bank.3.1.layer.1.EncDecAttention.q.weight"
+SHARD = "model-decoder-modules-3.safetensors"
+
+
+def both_ways(folder, message, plan="2x3/3x2"):
+    """Refused by loading and by assembling, with a sentence, and with little memory taken."""
+    for way in (load, lambda folder: assemble_from(folder, plan)):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(ValueError, match=message):
+            way(folder)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_bank().save_pretrained(tmp_path / "bank")
+    return tmp_path / "bank"
+
+
+class Trap:
+    """Unpickled, it would leave a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("dump", [pickle.dumps, None], ids=["pickle", "torch.save"])
+def test_a_pickle_in_place_of_a_shard(dump, folder, tmp_path):
+    trap = {"a": Trap(tmp_path / "sprung")}
+    if dump:
+        (folder / SHARD).write_bytes(dump(trap))
+    else:
+        torch.save(trap, folder / SHARD)
+    both_ways(folder, f"{SHARD} of .* is torn, or no safetensors file")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_pickles_alone_are_not_read(folder, tmp_path):
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    torch.save({"a": Trap(tmp_path / "sprung")}, folder / "pytorch_model.bin")
+    both_ways(folder, "holds neither model.safetensors nor model.safetensors.index.json; only safetensors are read")
+    with pytest.raises(ValueError, match="use_safetensors=False"):
+        load(folder, use_safetensors=False)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    "outside", ["../secret.safetensors", "/etc/secret.safetensors", "..", "a/b.safetensors", "*.safetensors", "x.bin", 3]
+)
+def test_an_index_that_points_elsewhere(outside, folder):
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][MODULE] = outside
+    index.write_text(json.dumps(content))
+    both_ways(folder, "which is no safetensors file beside it")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": []}'])
+def test_an_index_that_is_none(content, folder):
+    (folder / "model.safetensors.index.json").write_text(content)
+    both_ways(folder, "the index of .* is torn, or none")
+
+
+@pytest.mark.parametrize(
+    ("change", "listed", "message"),
+    [
+        (lambda tensors: tensors.update({MODULE: torch.zeros(3, 3)}), True, f"{MODULE} in .* has shape .3, 3.; by the configuration"),
+        (
+            lambda tensors: tensors.update({MODULE: tensors[MODULE].to(torch.int64)}),
+            True,
+            "floating-point numbers of one type; there are .*I64",
+        ),
+        (lambda tensors: tensors.update({MODULE: tensors[MODULE].double()}), True, r"of one type; there are F32 \(.*, F64 \("),
+        (lambda tensors: tensors.pop(MODULE), True, f"it lacks 1, the first of them {MODULE}"),
+        (lambda tensors: tensors.pop(MODULE), False, f"{SHARD} of .* and the index disagree on 1 tensors, the first of them {MODULE}"),
+        (
+            lambda tensors: tensors.update({"decoder.bank.3.7.x": torch.zeros(1)}),
+            True,
+            "has beside those 1, the first of them decoder.bank.3.7.x",
+        ),
+        (
+            lambda tensors: tensors.update({"decoder.bank.3.7.x": torch.zeros(1)}),
+            False,
+            f"{SHARD} of .* and the index disagree on 1 tensors",
+        ),
+        (lambda tensors: tensors.update({"evil": torch.zeros(1)}), True, "has beside those 1, the first of them evil"),
+    ],
+    ids=["shape", "type", "types", "missing", "missing in its shard", "extra", "extra in its shard", "extra at the top"],
+)
+def test_tensors_that_are_not_what_the_configuration_says(change, listed, message, folder):
+    tamper(folder, change, listed)
+    both_ways(folder, message)
+
+
+def test_the_report_tells_what_is_missing(folder):
+    tamper(folder, lambda tensors: tensors.pop(MODULE))
+    bank, info = load(folder, output_loading_info=True)
+    assert set(info["missing_keys"]) == {MODULE}
+    assert str(bank.plan) == "1x6/1x6"
+
+
+@pytest.mark.parametrize("cut", [10, 1000, "all but 4 bytes"])
+def test_a_truncated_shard(cut, folder):
+    content = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(content[:4] if isinstance(cut, str) else content[:-cut])
+    both_ways(folder, f"{SHARD} of .* is torn")
+
+
+def test_a_missing_shard(folder):
+    (folder / SHARD).unlink()
+    for way in (load, lambda folder: assemble_from(folder, "2x3/3x2")):
+        with pytest.raises(OSError, match=SHARD):
+            way(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 10**6}, "num_layers must be an integer from 1 to 256"),
+        ({"num_layers": 256, "num_decoder_layers": 256, "granularities": [2], "plan": None}, "it lacks"),
+        ({"d_model": 10**9}, "d_model must be an integer"),
+        ({"d_model": 1 << 16, "d_ff": 1 << 20}, "has shape"),
+        ({"vocab_size": 1 << 24}, "has shape"),
+        ({"d_ff": -24}, "d_ff must be an integer"),
+        ({"layer_norm_epsilon": -1.0}, "layer_norm_epsilon must be from 0 to 1, got -1.0"),
+        ({"scale_decoder_outputs": "no"}, "scale_decoder_outputs must be true or false, got 'no'"),
+        ({"dense_act_fn": "nope"}, "unknown activation 'nope'"),
+        ({"dtype": "evil"}, "dtype must be one of float32"),
+        ({"num_heads": "many"}, "num_heads"),
+        ({"granularities": [4]}, "granularity 4 does not divide"),
+        ({"granularities": [2]}, "has beside those"),
+        ({"num_layers": 5, "num_decoder_layers": 5, "granularities": None, "plan": None}, "a bank needs modules"),
+        ({"plan": {"encoder": [2, 2], "decoder": [6]}}, "covers 4 layers"),
+        ({"plan": {"encoder": [1, 2, 3], "decoder": [6]}}, "begin at a multiple of 2"),
+        ({"plan": "../../etc"}, "is not <span>x<count>|two sides"),
+        ({"own_parts": ["head"]}, "it lacks 1, the first of them decoder.bank.lm_head.weight"),
+        ({"initialization": "../x"}, "unknown initialization"),
+        ({"lora": {"rank": 3, "scaling": 1.0}}, "lora belongs to a bank of modules alone"),
+        ({"lora": {"rank": -3, "scaling": 1.0}}, "the rank of lora must be a positive integer, got -3"),
+        ({"modules_only": True}, "names its teacher by the SHA-256"),
+        ({"model_type": "t5"}, r"it is no bank; .*from_t5 builds one"),
+    ],
+    ids=str,
+)
+def test_a_broken_configuration(change, message, folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    for way in (load, lambda folder: assemble_from(folder, "2x3/3x2")):
+        with pytest.raises(Exception, match=message) as caught:
+            way(folder)
+        assert isinstance(caught.value, ValueError) or type(caught.value).__module__.startswith(("huggingface_hub", "transformers"))
+
+
+@pytest.mark.parametrize(
+    "named", ["/etc/t5", "../t5", "https://example.org/t5", "file:///etc/t5", "org/t5/../../x", "", "C:\\t5", "~/t5", "org/t5@main"]
+)
+def test_a_teacher_that_is_no_hub_id(named, tmp_path):
+    make_bank().save_pretrained(tmp_path / "bank", modules_only=True)
+    path = tmp_path / "bank" / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "teacher": {**fields["teacher"], "name_or_path": named, "revision": "a" * 40}}))
+    both_ways(tmp_path / "bank", "which is no Hub id: pass it as")
+
+
+@pytest.mark.parametrize("revision", [None, "main", "refs/pr/1", "../main", "A" * 40])
+def test_a_teacher_without_a_commit(revision, tmp_path):
+    make_bank().save_pretrained(tmp_path / "bank", modules_only=True)
+    path = tmp_path / "bank" / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "teacher": {**fields["teacher"], "name_or_path": "org/t5", "revision": revision}}))
+    both_ways(tmp_path / "bank", "of their teacher 'org/t5' no commit is named")
+
+
+def test_a_teacher_of_other_weights(tmp_path):
+    make_bank().save_pretrained(tmp_path / "bank", modules_only=True)
+    other = make_teacher()
+    with torch.no_grad():
+        other.decoder.block[5].layer[2].DenseReluDense.wo.weight[0, 0] += 1e-6
+    for way in (load, lambda folder, teacher: assemble_from(folder, "2x3/2x3", teacher=teacher)):
+        with pytest.raises(ValueError, match="were trained for another teacher"):
+            way(tmp_path / "bank", teacher=other)
+
+
+def test_an_adapter_that_names_another_model(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/evil"}')
+    both_ways(folder, "holds an adapter_config.json")
+
+
+def test_two_saves_of_different_formats_in_one_folder(folder):
+    T5ForConditionalGeneration.save_pretrained(make_bank(), folder)
+    both_ways(folder, "holds both model.safetensors and model.safetensors.index.json, saved at different times")
