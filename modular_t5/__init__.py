@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from .assembly_modular_t5 import STRATEGIES, AssemblyPlan, BankShape, PlanReport
 from .configuration_modular_t5 import ModularT5Config
+from .model_card import assembled_card, bank_card
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .trainer import ModularTrainer
 from .training_args import ModularTrainingArguments
@@ -12,6 +13,10 @@ from .training_args import ModularTrainingArguments
 AutoConfig.register(ModularT5Config.model_type, ModularT5Config, exist_ok=True)
 AutoModel.register(ModularT5Config, ModularT5ForConditionalGeneration, exist_ok=True)
 AutoModelForSeq2SeqLM.register(ModularT5Config, ModularT5ForConditionalGeneration, exist_ok=True)
+
+# What `push_to_hub` writes where there is no card: the files that are saved with a bank, which have to do without the rest of the
+# package, have only transformers' own.
+ModularT5ForConditionalGeneration.new_card = bank_card
 
 __all__ = [
     "STRATEGIES",
@@ -22,4 +27,6 @@ __all__ = [
     "ModularTrainer",
     "ModularTrainingArguments",
     "PlanReport",
+    "assembled_card",
+    "bank_card",
 ]

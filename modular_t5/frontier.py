@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -19,7 +19,24 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .assembly_modular_t5 import PlanReport
+from .assembly_modular_t5 import AssemblyPlan, BankShape, PlanReport
+
+
+# What a bank's folder calls the file of `Frontier.save` and the picture of `Frontier.plot`.
+RESULTS_FILE, PICTURE_FILE = "frontier.json", "frontier.png"
+
+# Layer ratios that are asked of each strategy where nobody says which.
+STANDARD_RATIOS = {"size-first": (1.2, 1.5, 2, 3, 4, 6), "speed-first": (1.2, 1.4, 1.6, 1.9)}
+
+
+def standard_sizes(shape: BankShape) -> dict[str, AssemblyPlan]:
+    """By name, the teacher and every distinct plan of `STANDARD_RATIOS` that a bank reaches."""
+    plans = {"teacher": shape.teacher}
+    for strategy, ratios in STANDARD_RATIOS.items():
+        for ratio in ratios:
+            if ratio <= shape.largest_ratio and (plan := shape.choose(strategy, ratio)) not in plans.values():
+                plans[f"{strategy} {ratio:g}x"] = plan
+    return plans
 
 
 def environment() -> dict[str, Any]:
@@ -155,8 +172,26 @@ class Frontier:
         whole = self.teacher.scores[self.metric]
         return 100 * scores[self.metric] / whole if whole else math.nan
 
-    def table(self) -> str:
-        """A Markdown table, aligned for reading as plain text."""
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Frontier":
+        """What `save` wrote.
+
+        Raises:
+            ValueError: it did not write that.
+        """
+        names = [field.name for field in fields(FrontierPoint)]
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+            points = [FrontierPoint(**{name: point[name] for name in names}) for point in document["points"]]
+            frontier = cls(tuple(replace(point, depths=tuple(point.depths)) for point in points), document["metric"])
+            for point in [frontier.teacher, *points]:
+                frontier.kept(point)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{path} is not what Frontier.save writes ({error!r})") from error
+        return frontier
+
+    def table(self, points: Sequence[FrontierPoint] | None = None) -> str:
+        """A Markdown table, aligned for reading as plain text, of all points or of these."""
         metrics = list(self.teacher.scores)
         header = [
             "size",
@@ -185,7 +220,7 @@ class Frontier:
                 f"{self.speedup(point):.2f}x",
                 f"{point.untrained_scores[self.metric]:.1f}",
             ]
-            for point in self.points
+            for point in (self.points if points is None else points)
         ]
         return markdown_table(header, rows, left=2)
 

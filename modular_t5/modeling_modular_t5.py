@@ -344,7 +344,7 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
                     f"modules alone are of use to others if their teacher can be fetched, but {error}: "
                     'set bank.config.teacher = {"name_or_path": "org/teacher", "revision": "<commit>"}'
                 ) from error
-        card = self.card_on_hub(repo_id, tags, token=token)
+        card = self._card_on_hub(repo_id, tags, token, modules_only or bool(self.config.lora))
         origin = self.origin
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size, modules_only=modules_only)
@@ -363,16 +363,16 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         self.origin = {"bank": repo_id, "revision": commit.oid}
         return commit
 
-    def card_on_hub(self, repo_id: str, tags: Sequence[str] = (), *, token: bool | str | None = None) -> ModelCard:
+    def _card_on_hub(self, repo_id: str, tags: Sequence[str], token: bool | str | None, modules_only: bool) -> ModelCard:
         """The card of a repository, or if it has none `new_card`, with these tags."""
         try:
             card = ModelCard.load(repo_id, token=token)
         except (EntryNotFoundError, RepositoryNotFoundError):
-            card = self.new_card(repo_id)
+            card = self.new_card(repo_id, modules_only=modules_only)
         card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *tags]))
         return card
 
-    def new_card(self, repo_id: str) -> ModelCard:
+    def new_card(self, repo_id: str, *, modules_only: bool = False) -> ModelCard:
         """What a push writes where there is no card yet. Importing the package puts its own here."""
         return ModelCard.from_template(ModelCardData(library_name="transformers"), model_id=repo_id)
 

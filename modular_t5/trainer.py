@@ -1,8 +1,10 @@
 """`ModularTrainer`: a `Seq2SeqTrainer` that trains a bank by module replacing and distillation."""
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,9 @@ from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
 from .checkpoints import CheckpointingTrainer
 from .configuration_modular_t5 import ModularT5Config
 from .distillation import attention_loss, hidden_state_loss, logit_loss, task_loss
+from .frontier import PICTURE_FILE, RESULTS_FILE, environment
 from .layout_modular_t5 import own_part_of, running_own_parts
+from .model_card import bank_card
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .recording import Replay, recording
 from .reducing import RunningParameters, trained_ids, watch_running
@@ -32,6 +36,9 @@ from .training_args import LOSS_WEIGHTS, ModularTrainingArguments
 
 logger = logging.get_logger(__name__)
 
+
+# What a card does not tell of the arguments: places, names and secrets of the one who trained.
+_UNTOLD = {"output_dir", "logging_dir", "hub_model_id", "hub_token", "push_to_hub_token", "run_name", "project", "trackio_space_id"}
 
 _REFUSED = {
     "compute_loss_func": f"its loss is the task's cross-entropy and distillation, weighed by {', '.join(LOSS_WEIGHTS)}",
@@ -125,6 +132,61 @@ class ModularTrainer(CheckpointingTrainer):
         self._checked = False  # whether a batch was seen to fit
         self._evaluating = False
         self._running: tuple[DistributedDataParallel, RunningParameters] | None = None
+
+    def training_record(self) -> dict[str, Any]:
+        """What a card tells of a training: command, date, hardware, versions, steps, seconds, and every argument that is not its default.
+
+        Without paths and tokens.
+        """
+        arguments = {}
+        for field in dataclasses.fields(self.args):
+            value = getattr(self.args, field.name, None)
+            if field.init and field.default is not dataclasses.MISSING and value != field.default and field.name not in _UNTOLD:
+                arguments[field.name] = str(value)
+        logged = [entry["train_runtime"] for entry in self.state.log_history if "train_runtime" in entry]
+        return {
+            **environment(),
+            "arguments": arguments,
+            "steps": self.state.global_step,
+            "seconds": round(logged[-1]) if logged else None,
+        }
+
+    def create_model_card(
+        self,
+        language: str | Sequence[str] | None = None,
+        license: str | None = None,
+        tags: str | Sequence[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | Sequence[str] | None = None,
+        dataset_tags: str | Sequence[str] | None = None,
+        dataset: str | Sequence[str] | None = None,
+        dataset_args: str | Sequence[str] | None = None,
+    ) -> None:
+        """Write `bank_card` to the output folder, with the results and the picture if they are there as frontier.json and frontier.png.
+
+        Arguments are `Trainer.create_model_card`'s; `finetuned_from` and `dataset_args` have no place in it and are refused.
+        """
+        if finetuned_from or dataset_args:
+            raise ValueError("the card names the bank's own teacher, and datasets by dataset_tags and dataset; leave the others out")
+        if not self.is_world_process_zero():
+            return
+        output = Path(self.args.output_dir)
+        named = _listed(dataset)
+        card = bank_card(
+            self.bank,
+            self.hub_model_id or self.args.hub_model_id or model_name or output.name,
+            results=output / RESULTS_FILE if (output / RESULTS_FILE).exists() else None,
+            picture=PICTURE_FILE if (output / PICTURE_FILE).exists() else None,
+            training=self.training_record(),
+            language=language,
+            license=license,
+            datasets=_listed(dataset_tags),
+            dataset_name=named[0] if named else None,
+            tags=_listed(tags),
+            **({"pipeline_tag": _listed(tasks)[0]} if tasks else {}),
+        )
+        card.save(output / "README.md")
 
     # -- a step ------------------------------------------------------------------------------------------------------------
 
@@ -378,6 +440,10 @@ def _mean(terms: list[torch.Tensor]) -> torch.Tensor:
 def _source_mask(inputs: Mapping[str, Any], outputs: Seq2SeqLMOutput) -> torch.Tensor:
     mask = inputs.get("attention_mask")
     return torch.ones_like(outputs.encoder_last_hidden_state[..., 0], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def _listed(given: str | Sequence[str] | None) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or ())
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: ModularT5Config) -> None:

@@ -29,8 +29,11 @@ ROOMS = [
     "checkpoints",
     "adapters",
     "training_args",
-    "trainer",
     "frontier",
+    "model_card",
+    "trainer",
+    "rebuilding",
+    "cli",
 ]
 SHIPPED = [room for room in ROOMS if room.endswith("_modular_t5")]
 PURE = ["assembly_modular_t5", "layout_modular_t5", "replacing"]
@@ -95,18 +98,19 @@ def test_the_wheel_holds_the_package_alone_and_works(tmp_path):
 
     subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    files = {name for name in names if ".dist-info/" not in name}
-    assert files == {f"modular_t5/{path.name}" for path in PACKAGE.glob("*.py")} | {"modular_t5/py.typed"}
-    # The wheel in place of the checkout: an empty folder as home, the wheel first on the path.
-    code = "import modular_t5; print(modular_t5.__file__); print(modular_t5.ModularT5Config(num_layers=6).granularities)"
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(wheel)!r}); {code}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    installed = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*") if path.is_file()}
+    assert {name for name in installed if ".dist-info/" not in name} == {
+        "modular_t5/py.typed",
+        *(f"modular_t5/{path.name}" for path in PACKAGE.glob("*.py")),
+        *(f"modular_t5/model_cards/{path.name}" for path in (ROOT / "model_cards").glob("*.jinja")),
+    }
+    assert "modular-t5 = modular_t5.cli:main" in next((tmp_path / "site").glob("*.dist-info/entry_points.txt")).read_text()
+    # What was unpacked in place of the checkout.
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import modular_t5; print(modular_t5.__file__); "
+    code += "bank = modular_t5.ModularT5ForConditionalGeneration(modular_t5.ModularT5Config(num_layers=6, d_model=8)); "
+    code += "bank.save_pretrained('bank'); print(bank.new_card('org/bank'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert str(wheel) in done.stdout
-    assert "{'encoder': [2, 3, 6], 'decoder': [2, 3, 6]}" in done.stdout
+    assert str(tmp_path / "site") in done.stdout
+    assert "# bank\n" in done.stdout

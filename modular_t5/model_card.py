@@ -1,0 +1,291 @@
+"""What is known of a bank or of an assembled model -> its card on the Hub, metadata included.
+
+The texts are in `model_cards/`; the figures come from a result file of `Frontier.save`, and what is not in one is said not to be known.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import T5Config, T5ForConditionalGeneration
+
+from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape, PlanReport
+from .configuration_modular_t5 import ModularT5Config
+from .frontier import Frontier, FrontierPoint, markdown_table, standard_sizes
+from .loading_modular_t5 import hub_teacher
+
+
+# In a clone they lie beside the package, installed in it.
+_TEMPLATES = next(folder / "model_cards" for folder in Path(__file__).parents[:2] if (folder / "model_cards").is_dir())
+
+_TAGS = ["t5", "modular-t5", "compression", "distillation"]
+
+
+class Described(Protocol):
+    """A bank, in memory or saved."""
+
+    config: ModularT5Config
+
+    @property
+    def shape(self) -> BankShape: ...
+
+
+def bank_card(
+    bank: Described,
+    repo_id: str,
+    *,
+    results: str | os.PathLike | None = None,
+    picture: str | None = None,
+    training: Mapping[str, Any] | None = None,
+    modules_only: bool | None = None,
+    language: str | Sequence[str] | None = None,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    dataset_name: str | None = None,
+    pipeline_tag: str = "text-generation",
+    tags: Sequence[str] = (),
+    example: str = "A text.",
+) -> ModelCard:
+    """The card of a bank: how to load each size, what each is worth, how it was trained, what was not measured.
+
+    Args:
+        bank: a `ModularT5ForConditionalGeneration`, or a `SavedBank`.
+        repo_id: where it will be, for the lines of code.
+        results: a file that `Frontier.save` wrote. Without it, sizes are told and nothing else of them.
+        picture: file name of `Frontier.plot` in the repository.
+        training: what `ModularTrainer.training_record` returned.
+        modules_only: whether the teacher is left out of the files; by default as the bank is saved.
+        language: ISO 639-1 codes.
+        license: by the Hub's name for it.
+        datasets: Hub ids.
+        dataset_name: of what the results were measured on; by default the first of `datasets`.
+        pipeline_tag: the Hub's name of the task, such as `translation` or `summarization`.
+        tags: further ones.
+        example: a text to try, as the task has them.
+
+    Raises:
+        ValueError: the results are not a file of `Frontier.save`, or of another bank.
+    """
+    config, shape = bank.config, bank.shape
+    modules_only = bool(modules_only if modules_only is not None else config.modules_only or config.lora)
+    measured = _Measured.read(results) if results is not None else None
+    if measured is None:
+        sizes = {name: shape.report(plan) for name, plan in standard_sizes(shape).items()}
+        points = [FrontierPoint.of(name, report, {}, {}, 0.0) for name, report in sizes.items()]
+        table = counts_table(sizes)
+    else:
+        points, table = list(measured.frontier.points), measured.frontier.table()
+        for point in points:
+            if shape.report(AssemblyPlan.parse(point.plan)).total_parameters != point.parameters:
+                raise ValueError(f"{results} was measured on another bank: its {point.plan} has {point.parameters:,} parameters")
+    try:
+        teacher_id, commit = hub_teacher(config)
+        teacher = f"[{teacher_id}](https://huggingface.co/{teacher_id}/tree/{commit})"
+    except ValueError:
+        teacher_id, teacher = None, "a fine-tuned T5 that is not on the Hub"
+    not_measured = [] if training else ["How the bank was trained was not recorded."]
+    data = ModelCardData(
+        base_model=teacher_id,
+        base_model_relation="finetune" if teacher_id else None,
+        **_common(repo_id, measured, points, language, license, datasets, dataset_name, pipeline_tag, tags),
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATES / "bank.md.jinja"),
+        name=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        teacher=teacher,
+        sizes=points,
+        ratio=f"{min(2, shape.largest_ratio):g}",
+        table=table,
+        results=measured,
+        legend=measured and measured.legend,
+        picture=picture,
+        files=shard_table(config, modules_only),
+        modules_only=modules_only,
+        sha256=(config.teacher or {}).get("sha256"),
+        training=training and {**training, "software": _software(training)},
+        example=_quoted(example),
+        not_measured=[*_not_measured(measured, datasets, dataset_name), *not_measured],
+    )
+
+
+def assembled_card(
+    model: T5ForConditionalGeneration,
+    repo_id: str,
+    *,
+    results: str | os.PathLike | None = None,
+    language: str | Sequence[str] | None = None,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    dataset_name: str | None = None,
+    pipeline_tag: str = "text-generation",
+    tags: Sequence[str] = (),
+    example: str = "A text.",
+) -> ModelCard:
+    """The card of an assembled model: how to load it, what it is worth, how to make it again. Arguments as in `bank_card`.
+
+    Raises:
+        ValueError: the model does not remember a bank, or the results are not a file of `Frontier.save`.
+    """
+    origin = origin_of(model.config)
+    measured = _Measured.read(results) if results is not None else None
+    points = [point for point in measured.frontier.points if point.plan == origin["plan"]] if measured else []
+    if not points:
+        measured = None
+    on_hub = origin["revision"] is not None
+    url = f"https://huggingface.co/{origin['bank']}/tree/{origin['revision']}"
+    data = ModelCardData(
+        base_model=origin["bank"] if on_hub else None,
+        base_model_relation="finetune" if on_hub else None,
+        **_common(repo_id, measured, points, language, license, datasets, dataset_name, pipeline_tag, tags),
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATES / "assembled.md.jinja"),
+        name=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        plan=origin["plan"],
+        depths=AssemblyPlan.parse(origin["plan"]).depths,
+        parameters=f"{model.num_parameters():,}",
+        bank=f"[{origin['bank']}]({url})" if on_hub else "that it was made from, which is not on the Hub",
+        revision=f"`{origin['revision']}`" if on_hub else "none",
+        table=measured and measured.frontier.table([measured.frontier.teacher, *points]),
+        results=measured,
+        legend=measured and measured.legend,
+        example=_quoted(example),
+        not_measured=_not_measured(measured, datasets, dataset_name),
+    )
+
+
+def origin_of(config: T5Config) -> dict[str, str | None]:
+    """`bank`, `revision` and `plan` that an assembled model remembers; a `ValueError` if it does not."""
+    origin = getattr(config, "modular_t5", None)
+    if not isinstance(origin, Mapping) or not {"bank", "revision", "plan"} <= origin.keys() or not isinstance(origin["plan"], str):
+        raise ValueError(f"{config.name_or_path or 'this model'} does not remember a bank that it was assembled from")
+    return dict(origin)
+
+
+def counts_table(sizes: Mapping[str, PlanReport]) -> str:
+    """A Markdown table of what sizes cost."""
+    rows = [
+        [
+            name,
+            str(report.plan),
+            "+".join(map(str, report.plan.depths)),
+            f"{report.layer_ratio:.2f}x",
+            f"{report.total_ratio:.2f}x",
+            f"{report.total_parameters:,}",
+            f"{report.bytes / 1e6:.2f}",
+        ]
+        for name, report in sizes.items()
+    ]
+    return markdown_table(["size", "plan", "layers", "ratio", "ratio of all", "parameters", "MB"], rows, left=2)
+
+
+def shard_table(config: ModularT5Config, modules_only: bool) -> list[tuple[str, str]]:
+    """`(file, what it holds)` of the weights of a saved bank."""
+    rows = []
+    if not modules_only:
+        rows.append(("model-common.safetensors", "embeddings, position biases, final norms, head: every size uses it"))
+        rows += [(f"model-{side}-original.safetensors", f"the teacher's {side} layers") for side in SIDES]
+    for side in SIDES:
+        what = "low-rank differences of the modules" if config.lora else "modules"
+        rows += [(f"model-{side}-modules-{s}.safetensors", f"{what}, each for {s} {side} layers") for s in config.granularities[side]]
+    if config.own_parts:
+        parts = " and ".join(part.replace("_", " ") for part in config.own_parts)
+        rows.append(("model-own.safetensors", f"{parts} of the bank's own, for sides with modules"))
+    return rows
+
+
+class _Measured:
+    """A result file: its frontier, and where it comes from."""
+
+    def __init__(self, frontier: Frontier, provenance: Mapping[str, Any]):
+        self.frontier, self.provenance = frontier, provenance
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "_Measured":
+        return cls(Frontier.load(path), json.loads(Path(path).read_text(encoding="utf-8")))
+
+    @property
+    def legend(self) -> str:
+        told = self.provenance
+        parts = [
+            f"Measured {told['date']} on {told['hardware']}" if {"date", "hardware"} <= told.keys() else "",
+            f"{told['test_examples']} test examples" if "test_examples" in told else "",
+            f"{told['decoding']} decoding" if "decoding" in told else "",
+            f"speed: {told['speed']}" if "speed" in told else "",
+            f"seed {told['seed']}" if "seed" in told else "",
+            ", ".join(f"{name} ({signature})" for name, signature in told.get("metrics", {}).items()),
+        ]
+        kept = f'"kept" is {self.frontier.metric} in per cent of the teacher\'s'
+        return "; ".join(part for part in [*parts, kept] if part) + "."
+
+
+def _common(
+    repo_id: str,
+    measured: _Measured | None,
+    points: Sequence[FrontierPoint],
+    language: str | Sequence[str] | None,
+    license: str | None,
+    datasets: Sequence[str],
+    dataset_name: str | None,
+    pipeline_tag: str,
+    tags: Sequence[str],
+) -> dict[str, Any]:
+    """Metadata that both kinds of card have. The model index needs a name for what was measured on."""
+    dataset_name = dataset_name or (datasets[0] if datasets else None)
+    evaluations = [
+        EvalResult(
+            task_type=pipeline_tag,
+            dataset_type=datasets[0] if datasets else _identifier(dataset_name),
+            dataset_name=dataset_name,
+            metric_type=_identifier(metric),
+            metric_name=f"{metric}, {point.name} ({point.plan})",
+            metric_value=round(score, 2),
+        )
+        for point in points
+        for metric, score in point.scores.items()
+        if measured and dataset_name
+    ]
+    return {
+        "language": list(language) if isinstance(language, Sequence) and not isinstance(language, str) else language,
+        "license": license,
+        "library_name": "transformers",
+        "pipeline_tag": pipeline_tag,
+        "datasets": list(datasets) or None,
+        "metrics": [_identifier(metric) for metric in measured.frontier.teacher.scores] if measured else None,
+        "tags": [*_TAGS, *tags],
+        "model_name": repo_id.split("/")[-1] if evaluations else None,
+        "eval_results": evaluations or None,
+    }
+
+
+def _not_measured(measured: _Measured | None, datasets: Sequence[str], dataset_name: str | None) -> list[str]:
+    if measured is None:
+        return ["Quality and speed, of any size."]
+    items = ["Sizes that are not in the table."]
+    if "hardware" in measured.provenance:
+        items.append(f"Speed on other hardware than {measured.provenance['hardware']}, and for other batches and lengths.")
+    if "seed" in measured.provenance:
+        items.append(f"Other seeds than {measured.provenance['seed']}: there are no error bars.")
+    items.append("Texts of another kind than the test examples.")
+    if not (datasets or dataset_name):
+        items.append("The metadata names no dataset, so the results are in the table alone.")
+    return items
+
+
+def _software(training: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in training["versions"].items()) + "."
+
+
+def _identifier(text: str | None) -> str:
+    return (text or "").strip().lower().replace(" ", "_")
+
+
+def _quoted(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")

@@ -1,0 +1,63 @@
+"""Making an assembled model again from what it remembers, and comparing."""
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, T5ForConditionalGeneration
+
+from .layout_modular_t5 import EMBEDDINGS, HEAD
+from .model_card import origin_of
+from .modeling_modular_t5 import ModularT5ForConditionalGeneration
+from .storage_modular_t5 import StoredTensors
+
+
+# Of a configuration, what says nothing about the computation, or what the tensors say better.
+_ASIDE = {"_name_or_path", "architectures", "dtype", "modular_t5", "tie_word_embeddings", "transformers_version"}
+
+
+class Rebuilt(NamedTuple):
+    """A model made anew, the bank, revision and plan that it was made of, and what is otherwise in the saved one."""
+
+    model: T5ForConditionalGeneration
+    origin: dict[str, str | None]
+    differences: list[str]
+
+
+def rebuild(
+    directory_or_repo: str | os.PathLike, *, bank: str | os.PathLike | None = None, revision: str | None = None, **hub_arguments: Any
+) -> Rebuilt:
+    """Assemble a saved model anew from the bank, revision and plan that its configuration names, and compare every tensor.
+
+    A model that was fine-tuned after assembling, or a bank that was trained on, shows as differences.
+
+    Args:
+        bank, revision: in place of those that the model remembers.
+        hub_arguments: for both, some of `HUB_ARGUMENTS`.
+
+    Raises:
+        ValueError: the model remembers no bank and none is given, or that bank cannot be read or has no such plan.
+        OSError: the model or the bank is not there.
+    """
+    config = AutoConfig.from_pretrained(directory_or_repo, **hub_arguments)
+    origin = origin_of(config)
+    if bank is not None:
+        origin |= {"bank": str(bank), "revision": revision}
+    elif revision is not None:
+        origin["revision"] = revision
+    if origin["bank"] is None:
+        raise ValueError(f"{directory_or_repo} was assembled from a bank that had not been saved; name the bank as it was saved then")
+    wanted = {} if origin["revision"] is None else {"revision": origin["revision"]}
+    model = ModularT5ForConditionalGeneration.assemble_from_pretrained(origin["bank"], origin["plan"], **hub_arguments, **wanted)
+    stored = StoredTensors(directory_or_repo, **hub_arguments)
+    expected = dict(model.named_parameters())
+    aliases = {name for name in (*EMBEDDINGS, HEAD) if name not in expected}
+    differences = sorted(expected.keys() ^ (set(stored) - aliases))
+    for name in expected.keys() & set(stored):
+        saved = stored[name]
+        if not torch.equal(expected[name].to(saved.dtype), saved):
+            differences.append(name)
+    fields = {name: value for name, value in config.to_dict().items() if name not in _ASIDE}
+    own = {name: value for name, value in model.config.to_dict().items() if name not in _ASIDE}
+    differences += [f"config.json: {name}" for name in sorted(fields.keys() | own.keys()) if fields.get(name) != own.get(name)]
+    return Rebuilt(model, origin, differences)

@@ -1,0 +1,163 @@
+"""`modular-t5`: every command, for people and for machines, and what it says when something is wrong."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_bank, make_teacher
+from huggingface_hub import ModelCard
+from transformers import AutoTokenizer, T5ForConditionalGeneration
+
+from modular_t5 import ModularT5ForConditionalGeneration
+from modular_t5.cli import main
+
+
+@pytest.fixture
+def bank(tmp_path, pico_tokenizer):
+    """A folder with a saved bank and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(pico_tokenizer)
+    make_bank(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "bank")
+    tokenizer.save_pretrained(tmp_path / "bank")
+    return tmp_path / "bank"
+
+
+@pytest.fixture
+def run(capsys):
+    """`(exit status, standard output, errors)` of a command."""
+
+    def run(*arguments):
+        status = main([str(argument) for argument in arguments])
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+def test_info(run, bank):
+    status, out, _ = run("info", bank)
+    assert status == 0
+    assert re.search(r"^encoder +6 layers, modules for 2, 3, 6$", out, re.MULTILINE)
+    told = json.loads(run("info", bank, "--json")[1])
+    assert told["largest_ratio"] == 6.0
+    assert told["depths"]["decoder"] == [6, 5, 4, 3, 2, 1]
+    assert told["files"] == sorted(path.name for path in bank.glob("*.safetensors"))
+
+
+def test_plan(run, bank):
+    loaded = ModularT5ForConditionalGeneration.from_pretrained(bank)
+    status, out, _ = run("plan", bank)
+    assert status == 0
+    assert "| size-first 2x " in out
+    told = json.loads(run("plan", bank, "speed-first", 1.4, "--json")[1])
+    report = loaded.report("speed-first", 1.4)
+    assert (told["plan"], told["total_parameters"], told["bytes"]) == (str(report.plan), report.total_parameters, report.bytes)
+    assert told["files"] == ["model-common.safetensors", "model-decoder-modules-2.safetensors", "model-encoder-original.safetensors"]
+    assert "files: model-common.safetensors, model-decoder-modules-3" in run("plan", bank, "2x3/3x2")[1]
+    assert len(json.loads(run("plan", bank, "--json")[1])["sizes"]) > 5
+
+
+def test_assemble_and_rebuild(run, bank, tmp_path):
+    output = tmp_path / "fast"
+    status, out, _ = run("assemble", bank, "size-first", 2, "--output", output)
+    assert status == 0
+    assert "2x3/2x3" in out
+    model = T5ForConditionalGeneration.from_pretrained(output)
+    assert AutoTokenizer.from_pretrained(output)("one").input_ids
+    assert model.config.modular_t5 == {"bank": str(bank), "revision": None, "plan": "2x3/2x3"}
+    status, out, _ = run("rebuild", output)
+    assert (status, out) == (0, f"{output} is 2x3/2x3 of {bank}, to the bit\n")
+    assert json.loads(run("rebuild", output, "--json")[1])["equal"] is True
+
+    with torch.no_grad():
+        model.encoder.block[1].layer[0].SelfAttention.q.weight[0, 0] += 1e-6
+    model.config.dropout_rate = 0.3
+    model.save_pretrained(output)
+    status, out, _ = run("rebuild", output)
+    assert status == 1
+    assert "encoder.block.1.layer.0.SelfAttention.q.weight\n  config.json: dropout_rate" in out
+    assert len(json.loads(run("rebuild", output, "--json")[1])["differences"]) == 2
+
+
+@pytest.mark.parametrize("name", ["v1.1", "mt5", "byt5"])
+def test_what_a_bank_assembles_in_memory_is_rebuilt(name, run, tmp_path):
+    bank = make_bank(name)
+    bank.assemble("size-first", 1.5).save_pretrained(tmp_path / "unsaved")
+    bank.save_pretrained(tmp_path / "bank")
+    bank.assemble("size-first", 1.5).save_pretrained(tmp_path / "saved")
+    bank.assemble("size-first", 1.5).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert run("rebuild", tmp_path / "saved")[0] == 0
+    assert run("rebuild", tmp_path / "half")[0] == 0
+    status, _, error = run("rebuild", tmp_path / "unsaved")
+    assert status == 2
+    assert "was assembled from a bank that had not been saved; name the bank" in error
+    assert run("rebuild", tmp_path / "unsaved", "--bank", tmp_path / "bank")[0] == 0
+
+
+def test_push_and_rebuild_from_the_hub(run, hub, bank, tmp_path):
+    status, out, _ = run("push", bank, "org/cli-bank", "--language", "en", "--language", "de", "--pipeline-tag", "translation", "--json")
+    assert status == 0
+    commit = json.loads(out)["commit"]
+    assert hub.sha("org/cli-bank") == commit
+    card = ModelCard.load("org/cli-bank")
+    assert (card.data.language, card.data.pipeline_tag) == (["en", "de"], "translation")
+    assert 'repo = "org/cli-bank"' in card.text
+    assert run("assemble", "org/cli-bank", "1x6/2x3", "-o", tmp_path / "fast", "--dtype", "bfloat16")[0] == 0
+    assert run("push", tmp_path / "fast", "org/cli-fast", "--private")[0] == 0
+    assert ModelCard.load("org/cli-fast").data.base_model == "org/cli-bank"
+    make_bank("v1.1").push_to_hub("org/cli-bank")  # moves on; what was assembled remembers its commit
+    assert run("rebuild", "org/cli-fast")[:2] == (0, "org/cli-fast is 1x6/2x3 of org/cli-bank, to the bit\n")
+    assert run("rebuild", "org/cli-fast", "--revision", "main")[0] == 1
+    assert run("plan", "org/cli-bank", "2x3/2x3", "--revision", commit)[0] == 0
+
+
+def test_a_card_that_is_there_is_pushed_as_it_is(run, hub, bank):
+    (bank / "README.md").write_text("---\nlicense: mit\n---\nBy hand.")
+    assert run("push", bank, "org/cli-by-hand")[0] == 0
+    assert ModelCard.load("org/cli-by-hand").text.strip() == "By hand."
+    assert run("push", bank, "org/cli-by-hand", "--new-card")[0] == 0
+    assert "One repository, every size" in ModelCard.load("org/cli-by-hand").text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "BANK", "size-first", "99"), "ratio must be a number from 1"),
+        (("plan", "BANK", "smallest", "2"), "unknown strategy 'smallest'; choose one of 'size-first'"),
+        (("plan", "BANK", "size-first"), "ratio must be a number from 1"),
+        (("assemble", "BANK", "2x3/2x3", "3", "-o", "OUT"), "a ratio goes with a strategy"),
+        (("assemble", "BANK", "2x3/2x3", "-o", "OUT", "--dtype", "int99"), "dtype must be a floating-point type"),
+        (("info", "TEACHER"), "it is no bank"),
+        (("info", "org/nowhere"), "is not a valid model identifier"),
+        (("info", "OUT"), "OUT|does not appear|not a local folder|Repo id"),
+        (("rebuild", "TEACHER"), "does not remember a bank"),
+        (("push", "TEACHER", "org/x"), "does not remember a bank"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_is_wrong_is_said_in_a_sentence(arguments, message, run, bank, tmp_path):
+    make_teacher().save_pretrained(tmp_path / "teacher")
+    places = {"BANK": bank, "TEACHER": tmp_path / "teacher", "OUT": tmp_path / "out"}
+    status, out, error = run(*(places.get(argument, argument) for argument in arguments))
+    assert (status, out) == (2, "")
+    assert re.search(message, error)
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_has_an_example_of_each(capsys):
+    for command in ("info", "plan", "assemble", "rebuild", "push"):
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        assert f"example:\n  modular-t5 {command} " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+
+
+def test_as_a_process(bank):
+    done = subprocess.run(
+        [sys.executable, "-m", "modular_t5.cli", "info", str(bank), "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["layers"] == {"encoder": 6, "decoder": 6}
