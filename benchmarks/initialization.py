@@ -22,7 +22,7 @@ import quickstart
 
 from modular_t5 import ModularT5ForConditionalGeneration
 from modular_t5.configuration_modular_t5 import INITIALIZATIONS
-from modular_t5.frontier import environment, markdown_table
+from modular_t5.frontier import environment, markdown_table, standard_sizes
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
             args.seed = seed
             set_seed(seed)
             bank = ModularT5ForConditionalGeneration.from_t5(teacher, initialization=initialization)
-            plans = {name: plan for name, plan in quickstart.sizes_of(bank).items() if name != "teacher"}
+            plans = {name: plan for name, plan in standard_sizes(bank.shape).items() if name != "teacher"}
             args.max_steps = 1
             args.learning_rate, rate = 0.0, args.learning_rate
             before = quickstart.losses_by_plan(quickstart.train_bank(bank, tokenizer, splits, plans, args), plans)

@@ -39,12 +39,30 @@ from transformers import (
     set_seed,
 )
 
-from modular_t5 import AssemblyPlan, ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
-from modular_t5.frontier import Frontier, FrontierPoint, environment, generate_texts, measure_speed, plot_curves
+from modular_t5 import (
+    AssemblyPlan,
+    ModularT5ForConditionalGeneration,
+    ModularTrainer,
+    ModularTrainingArguments,
+    assembled_card,
+    bank_card,
+)
+from modular_t5.frontier import (
+    PICTURE_FILE,
+    RESULTS_FILE,
+    Frontier,
+    FrontierPoint,
+    environment,
+    generate_texts,
+    measure_speed,
+    plot_curves,
+    standard_sizes,
+)
 
 
 NEXT = """
-In {out}/: bank/ (every size), assembled/ ({plan} as a stock T5), frontier.png and results.json. What to type next:
+In {out}/: bank/ (every size, with the card, the figures and the picture that belong on the Hub) and assembled/ ({plan} as a stock T5).
+What to type next:
 
     import modular_t5
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -53,12 +71,15 @@ In {out}/: bank/ (every size), assembled/ ({plan} as a stock T5), frontier.png a
     fast = bank.assemble("{plan}")  # or any other size, by ratio: bank.assemble("speed-first", ratio=1.2)
     inputs = tokenizer("{source}", return_tensors="pt")
     print(tokenizer.decode(fast.generate(inputs.input_ids, max_new_tokens=64)[0], skip_special_tokens=True))
+
+and in a shell:
+
+    modular-t5 plan {out}/bank speed-first 1.4
+    modular-t5 rebuild {out}/assembled
+    modular-t5 push {out}/bank ORGANIZATION/NAME
 """
 
 BLEU, CHRF = sacrebleu.BLEU(), sacrebleu.CHRF()
-
-# Layer ratios asked of each strategy.
-SIZES = {"size-first": (1.2, 1.5, 2, 3, 4, 6), "speed-first": (1.2, 1.4, 1.6, 1.9)}
 
 
 @dataclass
@@ -87,6 +108,7 @@ class QuickstartArguments:
         default=None, metadata={"help": "Validation loss of every size each so many steps too, for a picture, curves.png."}
     )
     output_dir: str = field(default="out/quickstart", metadata={"help": "Where the bank, one assembled model and the results go."})
+    namespace: str = field(default="org", metadata={"help": "Of the repositories that the cards name."})
     seed: int = field(default=0, metadata={"help": "Of the data, the teacher, the plans and the batches."})
 
     def __post_init__(self) -> None:
@@ -119,17 +141,17 @@ def main() -> None:
     say(f"Loading the teacher {args.teacher}" if args.teacher else f"Training a teacher: a T5 with 6+6 layers, {args.teacher_steps} steps")
     teacher, tokenizer = load_teacher(args) if args.teacher else train_teacher(splits["train"], args)
     bank = ModularT5ForConditionalGeneration.from_t5(teacher).to("cuda" if torch.cuda.is_available() else "cpu")
-    plans = sizes_of(bank)
+    plans = standard_sizes(bank.shape)
 
     say(f"Evaluating {len(plans)} plans before training: layers dropped, nothing learned")
     untrained = {name: evaluate(bank, name, plan, tokenizer, sources, targets, args) for name, plan in plans.items()}
 
     say(f"Training the bank once, {args.max_steps} steps")
     trainer = train_bank(bank, tokenizer, splits, plans, args)
+    bank.save_pretrained(out / "bank")
     example = bank.choose_plan("size-first", min(2, bank.shape.largest_ratio))
-    for folder, model in (("bank", bank), ("assembled", bank.assemble(example))):
-        model.save_pretrained(out / folder)
-        tokenizer.save_pretrained(out / folder)
+    small = bank.assemble(example)
+    small.save_pretrained(out / "assembled")
     validation_loss = losses_by_plan(trainer, plans)
     if args.eval_steps is not None:
         curves = {f"eval_{plan}_loss": f"{name} ({plan})" for name, plan in plans.items()}
@@ -148,10 +170,10 @@ def main() -> None:
     ]
     frontier = Frontier(tuple(points), metric="BLEU" if args.teacher else "exact match")
 
-    frontier.plot(out / "frontier.png", title="One training, every size")
+    frontier.plot(out / "bank" / PICTURE_FILE, title="One training, every size")
     seconds = time.perf_counter() - started
     frontier.save(
-        out / "results.json",
+        out / "bank" / RESULTS_FILE,
         **environment(),
         seed=args.seed,
         seconds=round(seconds),
@@ -162,6 +184,22 @@ def main() -> None:
         speed=f"greedy, batch {len(batch.input_ids)}, 16 new tokens each, median of 5 interleaved rounds",
         metrics={"exact match": "% of equal strings", "chrF": str(CHRF.get_signature()), "BLEU": str(BLEU.get_signature())},
     )
+    told = {
+        "results": out / "bank" / RESULTS_FILE,
+        "language": [args.source_lang, args.target_lang],
+        "datasets": [args.dataset_name] if args.dataset_name else [],
+        "dataset_name": args.dataset_name or args.test_file or "amounts and dates in words",
+        "pipeline_tag": "translation",
+        "example": sources[0],
+    }
+    name = f"{args.namespace}/modular-t5-{out.name}"
+    cards = {
+        "bank": bank_card(bank, name, picture=PICTURE_FILE, training=trainer.training_record(), **told),
+        "assembled": assembled_card(small, f"{name}-{'-'.join(map(str, example.depths))}", **told),
+    }
+    for folder, card in cards.items():
+        tokenizer.save_pretrained(out / folder)
+        card.save(out / folder / "README.md")
     say(f"One training, {len(plans) - 1} sizes; {seconds:.0f} s in all")
     print(frontier.table())
     print(NEXT.format(out=out, plan=example, source=sources[0].replace('"', "'")))
@@ -267,16 +305,6 @@ def losses_by_plan(trainer: ModularTrainer, plans: Mapping[str, AssemblyPlan]) -
     trainer.remove_callback(ProgressCallback)  # it would print them all
     metrics = trainer.evaluate()
     return {name: metrics[f"eval_{plan}_loss"] for name, plan in plans.items()}
-
-
-def sizes_of(bank: ModularT5ForConditionalGeneration) -> dict[str, AssemblyPlan]:
-    """The teacher and every distinct size of `SIZES` that the bank reaches."""
-    plans = {"teacher": bank.shape.teacher}
-    for strategy, ratios in SIZES.items():
-        for ratio in ratios:
-            if ratio <= bank.shape.largest_ratio and (plan := bank.choose_plan(strategy, ratio)) not in plans.values():
-                plans[f"{strategy} {ratio:g}x"] = plan
-    return plans
 
 
 def evaluate(

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import make_teacher
+from huggingface_hub import ModelCard
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, HfArgumentParser, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Block
 
 import modular_t5
+from modular_t5 import cli
 
 
 ROOT = Path(__file__).parents[1]
@@ -25,18 +27,18 @@ def quickstart(folder, *arguments):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def check_output(folder, done, sizes):
+def check_output(folder, done, sizes, monkeypatch):
     assert done.returncode == 0, done.stderr
     out = folder / "out"
-    assert (out / "frontier.png").stat().st_size > 10_000
-    results = json.loads((out / "results.json").read_text())
+    assert (out / "bank" / "frontier.png").stat().st_size > 10_000
+    results = json.loads((out / "bank" / "frontier.json").read_text())
     assert len(results["points"]) == sizes + 1
     assert done.stdout.count("| size-first") + done.stdout.count("| speed-first") == sizes
     bank = AutoModelForSeq2SeqLM.from_pretrained(out / "bank")
     assert type(bank) is modular_t5.ModularT5ForConditionalGeneration
     assert type(T5ForConditionalGeneration.from_pretrained(out / "assembled")) is T5ForConditionalGeneration
     # What it prints to type next, typed.
-    typed = done.stdout.split("What to type next:")[1]
+    typed, shell = done.stdout.split("What to type next:")[1].split("and in a shell:")
     ran = subprocess.run(
         [sys.executable, "-c", "\n".join(line.strip() for line in typed.splitlines())],
         cwd=folder,
@@ -45,6 +47,15 @@ def check_output(folder, done, sizes):
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
+    monkeypatch.chdir(folder)
+    for line in shell.strip().splitlines():
+        _, *command = line.replace("ORGANIZATION/NAME", f"org/{folder.name}").split()
+        assert cli.main(command) == 0
+    for model, repo in (("bank", "org/modular-t5-out"), ("assembled", "org/modular-t5-out-3-3")):
+        card = ModelCard.load(out / model / "README.md")
+        card.validate()
+        assert f'"{repo}' in card.text
+        assert len(card.data.eval_results) == 3 * (sizes + 1 if model == "bank" else 1)
     return results
 
 
@@ -62,7 +73,7 @@ SPLITS = ("train", "validation", "test")
 
 
 @pytest.mark.parametrize("given_as", ["files", pytest.param("dataset", marks=pytest.mark.slow)])
-def test_on_a_teacher_and_data_of_ones_own(given_as, tmp_path, pico_tokenizer):
+def test_on_a_teacher_and_data_of_ones_own(given_as, tmp_path, pico_tokenizer, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(pico_tokenizer)
     tokenizer.save_pretrained(tmp_path / "teacher")
     make_teacher("v1.1", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "teacher")
@@ -76,15 +87,15 @@ def test_on_a_teacher_and_data_of_ones_own(given_as, tmp_path, pico_tokenizer):
     given = as_files if given_as == "files" else ["--dataset_name", data]
     languages = ["--source_lang", "fr", "--target_lang", "nl", "--source_prefix", "translate: "]
     done = quickstart(tmp_path, "--teacher", tmp_path / "teacher", *given, *languages, "--max_steps", 3, "--max_target_length", 8)
-    results = check_output(tmp_path, done, sizes=10)
+    results = check_output(tmp_path, done, sizes=10, monkeypatch=monkeypatch)
     assert results["metric"] == "BLEU"
     assert results["test_examples"] == 8
 
 
 @pytest.mark.slow
-def test_with_nothing_but_the_package(tmp_path):
+def test_with_nothing_but_the_package(tmp_path, monkeypatch):
     done = quickstart(tmp_path, "--max_steps", 20, "--teacher_steps", 20)
-    results = check_output(tmp_path, done, sizes=10)
+    results = check_output(tmp_path, done, sizes=10, monkeypatch=monkeypatch)
     assert results["metric"] == "exact match"
 
 
