@@ -151,7 +151,7 @@ def assembled_card(
         plan=origin["plan"],
         depths=AssemblyPlan.parse(origin["plan"]).depths,
         parameters=f"{model.num_parameters():,}",
-        bank=f"[{origin['bank']}]({url})" if on_hub else "that it was made from, which is not on the Hub",
+        bank=f"the module bank [{origin['bank']}]({url})" if on_hub else "a module bank that is not on the Hub",
         revision=f"`{origin['revision']}`" if on_hub else "none",
         table=measured and measured.frontier.table([measured.frontier.teacher, *points]),
         results=measured,

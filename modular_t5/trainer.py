@@ -37,8 +37,11 @@ from .training_args import LOSS_WEIGHTS, ModularTrainingArguments
 logger = logging.get_logger(__name__)
 
 
-# What a card does not tell of the arguments: places, names and secrets of the one who trained.
-_UNTOLD = {"output_dir", "logging_dir", "hub_model_id", "hub_token", "push_to_hub_token", "run_name", "project", "trackio_space_id"}
+# What a card does not tell of the arguments: places, names and secrets of the one who trained, and what changes no weight.
+_UNTOLD = (
+    *("output_dir", "logging_dir", "hub_model_id", "hub_token", "push_to_hub_token", "run_name", "project", "trackio_space_id"),
+    *("accelerator_config", "dataloader_pin_memory", "ddp_find_unused_parameters", "debug", "disable_tqdm", "report_to", "use_cpu"),
+)
 
 _REFUSED = {
     "compute_loss_func": f"its loss is the task's cross-entropy and distillation, weighed by {', '.join(LOSS_WEIGHTS)}",
@@ -141,8 +144,9 @@ class ModularTrainer(CheckpointingTrainer):
         arguments = {}
         for field in dataclasses.fields(self.args):
             value = getattr(self.args, field.name, None)
-            if field.init and field.default is not dataclasses.MISSING and value != field.default and field.name not in _UNTOLD:
-                arguments[field.name] = str(value)
+            is_told = field.init and field.default is not dataclasses.MISSING and field.name not in _UNTOLD
+            if is_told and value != field.default and (value or field.default):
+                arguments[field.name] = str(getattr(value, "value", value))
         logged = [entry["train_runtime"] for entry in self.state.log_history if "train_runtime" in entry]
         return {
             **environment(),

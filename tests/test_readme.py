@@ -4,11 +4,13 @@ import json
 import re
 from pathlib import Path
 
-from conftest import make_teacher
+from conftest import make_bank, make_teacher
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 import modular_t5
+from modular_t5 import cli
 
 
 ROOT = Path(__file__).parents[1]
@@ -19,26 +21,42 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-def test_the_ten_lines_run(tmp_path, monkeypatch, pico_tokenizer):
-    ten_lines, dials = blocks("python")
+def test_the_ten_lines_run(hub, tmp_path, monkeypatch, pico_tokenizer):
+    ten_lines, sharing, dials = blocks("python")
     tokenizer = AutoTokenizer.from_pretrained(pico_tokenizer)
     folder = tmp_path / "google-t5" / "t5-base"
     teacher = make_teacher(vocab_size=len(tokenizer), num_layers=12, num_decoder_layers=12)
     teacher.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    teacher.push_to_hub("google-t5/t5-base")
+    tokenizer.push_to_hub("google-t5/t5-base")
     monkeypatch.chdir(tmp_path)
     texts = ["one tree", "two trees and a book", "three"]
     train_dataset = Dataset.from_dict({"input_ids": tokenizer(texts).input_ids, "labels": tokenizer(texts[::-1]).input_ids})
     names = {"train_dataset": train_dataset, "teacher": teacher}
     quick = "max_steps=2, report_to='none', disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False"
-    for code in (ten_lines, dials):
-        assert "max_steps=10_000" in code
+    for code in (ten_lines, sharing, dials):
+        assert "max_steps=10_000" in code or code is sharing
         exec(compile(code.replace("max_steps=10_000", quick), "README.md", "exec"), names)
-    assert type(names["fast"]) is type(names["small"]) is T5ForConditionalGeneration
-    whole, adapters = (sum(path.stat().st_size for path in (tmp_path / f).glob("*.safetensors")) for f in ("bank", "lora-bank"))
+    assert type(names["fast"]) is type(names["small"]) is type(names["light"]) is T5ForConditionalGeneration
+    assert ModelCard.load("org/my-fast-t5").data.base_model == "org/my-bank"
+    modules, adapters = (sum(path.stat().st_size for path in (tmp_path / f).glob("*.safetensors")) for f in ("modules", "lora-bank"))
+    whole = sum(len(content) for path, content in hub.files("org/my-bank").items() if path.endswith(".safetensors"))
     assert 0 < adapters < whole
+    assert 0 < modules < whole
     again = T5ForConditionalGeneration.from_pretrained(tmp_path / "small")
     assert again.num_parameters() == names["small"].num_parameters()
+
+
+def test_the_commands_run(tmp_path, monkeypatch, pico_tokenizer, capsys):
+    bank = make_bank(num_layers=12, num_decoder_layers=12)
+    bank.push_to_hub("org/my-bank")
+    AutoTokenizer.from_pretrained(pico_tokenizer).push_to_hub("org/my-bank")
+    monkeypatch.chdir(tmp_path)
+    lines = next(block for block in blocks("bash") if block.startswith("modular-t5")).splitlines()
+    assert {line.split()[1] for line in lines} == {"info", "plan", "assemble", "rebuild", "push"}
+    for line in lines:
+        assert cli.main(line.split()[1:]) == 0, capsys.readouterr().err
 
 
 def test_the_calls_of_the_table_of_sizes_work():
