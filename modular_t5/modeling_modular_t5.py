@@ -465,8 +465,18 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
     @property
     def shape(self) -> BankShape:
         """The counts that choosing a plan works with, read off the parameters."""
-        sizes = {name: parameter.numel() for name, parameter in one_layer_of(dict(self.named_parameters())).items()}
-        return bank_shape(sizes, self.config, self.dtype.itemsize)
+        sizes = {id(parameter): (name, parameter.numel()) for name, parameter in reversed(self._one_layer().items())}  # tied ones once
+        return bank_shape(dict(sizes.values()), self.config, self.dtype.itemsize)
+
+    def _one_layer(self) -> dict[str, nn.Parameter]:
+        """The parameters that a T5 with one layer a side would have, the embeddings first. Without a walk over all of the bank."""
+        parts: dict[str, nn.Module] = {"shared": self.shared}
+        for side in SIDES:
+            stack = getattr(self, side)
+            parts |= {f"{side}.embed_tokens": stack.embed_tokens, f"{side}.final_layer_norm": stack.final_layer_norm}
+            parts[f"{side}.block.0"] = stack.block[0]
+        parts["lm_head"] = self.lm_head
+        return {f"{part}.{name}": parameter for part, module in parts.items() for name, parameter in module.named_parameters()}
 
     @property
     def plan(self) -> AssemblyPlan:
@@ -520,7 +530,7 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
 
     def parameter_map(self, plan: PlanLike) -> dict[str, str]:
         """`{parameter name in the assembled T5: parameter name in the bank}`: assembling is renaming."""
-        return parameter_map(one_layer_of(dict(self.named_parameters(remove_duplicate=False))), self.choose_plan(plan), self.config)
+        return parameter_map(self._one_layer(), self.choose_plan(plan), self.config)
 
     def assemble(self, strategy: PlanLike, ratio: float | None = None, *, share_weights: bool = False) -> T5ForConditionalGeneration:
         """A stock T5 of the size asked for, in evaluation mode, without further training.
