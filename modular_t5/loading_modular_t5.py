@@ -122,6 +122,7 @@ class SavedBank:
             raise ValueError(f"{source} has a configuration that contradicts itself: lora belongs to a bank of modules alone")
         if teacher is not None and not self.config.modules_only:
             raise ValueError(f"{source} holds its own teacher; leave teacher= out, or build a bank by from_t5")
+        self._told_tied = fields.get("tie_word_embeddings", True) is not False  # which every T5's configuration forgets
         self.stored = StoredTensors(source, variant=variant, **self.hub_arguments)
         self._teacher = teacher
         if strict:
@@ -175,6 +176,8 @@ class SavedBank:
                 f"the modules in {self.source} were trained for another teacher ({self.config.teacher['name_or_path']}): the weights that "
                 f"they came with have SHA-256 {self.config.teacher['sha256']}, these have {found}"
             )
+        if (teacher.lm_head.weight is teacher.shared.weight) != self._told_tied:
+            raise ValueError(f"{self.source} says of its teacher's head tie_word_embeddings={self._told_tied}, which is not so")
         return teacher
 
     @property
@@ -212,9 +215,7 @@ class SavedBank:
     @cached_property
     def _has_head(self) -> bool:
         """Whether the head is a matrix of its own."""
-        if self.teacher is not None:
-            return self.teacher.lm_head.weight is not self.teacher.shared.weight
-        return HEAD in self.stored
+        return not self._told_tied if self.config.modules_only else HEAD in self.stored
 
     def _actual(self, name: str) -> str:
         return SHARED if name in EMBEDDINGS or (name == HEAD and not self._has_head) else name

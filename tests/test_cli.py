@@ -155,6 +155,7 @@ def test_help_has_an_example_of_each(capsys):
         main([])
 
 
+@pytest.mark.slow
 def test_as_a_process(bank):
     done = subprocess.run(
         [sys.executable, "-m", "modular_t5.cli", "info", str(bank), "--json"], capture_output=True, text=True, check=False

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoToken
 
 from modular_t5 import ModularT5ForConditionalGeneration
 from modular_t5.adapters import add_adapters
+from modular_t5.loading_modular_t5 import SavedBank
 
 
 load = ModularT5ForConditionalGeneration.from_pretrained
@@ -127,6 +128,8 @@ def test_modules_alone_fetch_their_teacher_at_its_commit(hub, repo, tmp_path):
     }
     assert json.loads(files["config.json"])["teacher"]["revision"] == commit
     hub.forget_traffic()
+    assert SavedBank(repo, cache_dir=tmp_path / "0").shape == bank.shape
+    assert set(hub.sent) == {"config.json", "model.safetensors.index.json"}  # what sizes there are is known without any weights
     assert same(load(repo, cache_dir=tmp_path / "1"), bank)
     assert f"GET /{repo}-teacher/resolve/{commit}/model.safetensors" in hub.asked
     hub.forget_traffic()
@@ -263,13 +266,12 @@ if "/" in repo and not repo.startswith("/"):
 """
 
 
-@pytest.mark.parametrize("modules_only", [False, True])
-def test_without_the_package(modules_only, hub, repo, inputs, tmp_path):
+@pytest.mark.parametrize("modules_only", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_without_the_package(modules_only, hub, repo, inputs, request, tmp_path):
     bank = teacher_on_hub(repo)
     bank.push_to_hub(repo, modules_only=modules_only)
-    if not modules_only:
-        bank.save_pretrained(tmp_path / "local")
-    for source in [repo] if modules_only else [repo, str(tmp_path / "local")]:
+    bank.save_pretrained(tmp_path / "local", modules_only=modules_only)
+    for source in [repo, str(tmp_path / "local")] if request.config.getoption("--slow") else [repo]:
         out = tmp_path / source.replace("/", "-")
         out.mkdir()
         command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, source, str(out)]

@@ -357,6 +357,15 @@ def test_an_adapter_that_names_another_model(folder):
     both_ways(folder, "holds an adapter_config.json")
 
 
+def test_modules_that_lie_about_the_head(tmp_path):
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher("v1.1"))
+    bank.save_pretrained(tmp_path / "bank", modules_only=True)
+    path = tmp_path / "bank" / "config.json"
+    path.write_text(path.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    with pytest.raises(ValueError, match="says of its teacher's head tie_word_embeddings=True, which is not so"):
+        load(tmp_path / "bank", teacher=make_teacher("v1.1"))
+
+
 def test_two_saves_of_different_formats_in_one_folder(folder):
     T5ForConditionalGeneration.save_pretrained(make_bank(), folder)
     both_ways(folder, "holds both model.safetensors and model.safetensors.index.json, saved at different times")
