@@ -76,7 +76,7 @@ and in a shell:
 
     modular-t5 plan {out}/bank speed-first 1.4
     modular-t5 rebuild {out}/assembled
-    modular-t5 push {out}/bank ORGANIZATION/NAME
+    modular-t5 push {out}/bank {name}
 """
 
 BLEU, CHRF = sacrebleu.BLEU(), sacrebleu.CHRF()
@@ -188,7 +188,7 @@ def main() -> None:
         "results": out / "bank" / RESULTS_FILE,
         "language": [args.source_lang, args.target_lang],
         "datasets": [args.dataset_name] if args.dataset_name else [],
-        "dataset_name": args.dataset_name or args.test_file or "amounts and dates in words",
+        "dataset_name": args.dataset_name or (Path(args.test_file).name if args.test_file else "amounts and dates in words"),
         "pipeline_tag": "translation",
         "example": sources[0],
     }
@@ -202,7 +202,7 @@ def main() -> None:
         card.save(out / folder / "README.md")
     say(f"One training, {len(plans) - 1} sizes; {seconds:.0f} s in all")
     print(frontier.table())
-    print(NEXT.format(out=out, plan=example, source=sources[0].replace('"', "'")))
+    print(NEXT.format(out=out, name=name, plan=example, source=sources[0].replace('"', "'")))
 
 
 def load_splits(args: QuickstartArguments) -> Mapping[str, Dataset]:

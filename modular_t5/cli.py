@@ -2,21 +2,24 @@
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoConfig, AutoTokenizer, T5ForConditionalGeneration
+from transformers import AutoTokenizer, T5ForConditionalGeneration
+from transformers.utils import CONFIG_NAME
 
 from .assembly_modular_t5 import SIDES, STRATEGIES, PlanReport, canonical_tilings, resolve_plan
 from .configuration_modular_t5 import ModularT5Config
-from .frontier import PICTURE_FILE, RESULTS_FILE, standard_sizes
+from .frontier import standard_sizes
 from .layout_modular_t5 import parameter_map
 from .loading_modular_t5 import SavedBank
-from .model_card import assembled_card, bank_card, counts_table
+from .model_card import assembled_card, bank_card, counts_table, measured_in
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .rebuilding import rebuild
 from .storage_modular_t5 import upload
@@ -84,14 +87,15 @@ def plan(args: argparse.Namespace) -> Outcome:
 
 def assemble(args: argparse.Namespace) -> Outcome:
     """Write a size out as a stock T5, with the bank's tokenizer."""
-    arguments = _hub_arguments(args)
+    output, arguments = Path(args.output), _hub_arguments(args)
+    if (output / CONFIG_NAME).exists() and _is_bank(output):
+        raise ValueError(f"{output} holds a bank, which would be overwritten; choose another folder")
     model = ModularT5ForConditionalGeneration.assemble_from_pretrained(
         args.bank, args.strategy, args.ratio, dtype=args.dtype, teacher=args.teacher, **arguments
     )
-    output = Path(args.output)
     model.save_pretrained(output)
     try:
-        AutoTokenizer.from_pretrained(args.bank, **arguments).save_pretrained(output)
+        AutoTokenizer.from_pretrained(args.bank, trust_remote_code=False, **arguments).save_pretrained(output)
     except (ValueError, OSError):
         print(f"modular-t5 assemble: {args.bank} has no tokenizer; save the teacher's to {output}", file=sys.stderr)
     written = {**model.config.modular_t5, "output": str(output), "parameters": model.num_parameters()}
@@ -100,7 +104,7 @@ def assemble(args: argparse.Namespace) -> Outcome:
 
 def rebuild_command(args: argparse.Namespace) -> Outcome:
     """Assemble a saved model anew from what it remembers, and compare every tensor; exit status 1 if it is another."""
-    rebuilt = rebuild(args.model, bank=args.bank, revision=args.revision)
+    rebuilt = rebuild(args.model, bank=args.bank, revision=args.revision, teacher=args.teacher)
     result = {**rebuilt.origin, "equal": not rebuilt.differences, "differences": rebuilt.differences}
     of = f"{rebuilt.origin['plan']} of {rebuilt.origin['bank']}"
     if not rebuilt.differences:
@@ -113,25 +117,35 @@ def rebuild_command(args: argparse.Namespace) -> Outcome:
 def push(args: argparse.Namespace) -> Outcome:
     """Upload the folder of a bank or of an assembled model; a card is written if there is none."""
     folder = Path(args.folder)
-    readme = folder / "README.md"
-    if args.new_card or not readme.exists():
-        results = folder / RESULTS_FILE
-        details = {
-            "results": results if results.exists() else None,
-            "language": args.language,
-            "license": args.license,
-            "datasets": args.dataset or (),
-            "tags": args.tag or (),
-            **({"pipeline_tag": args.pipeline_tag} if args.pipeline_tag else {}),
-        }
-        if AutoConfig.from_pretrained(folder).model_type == ModularT5Config.model_type:
-            picture = PICTURE_FILE if (folder / PICTURE_FILE).exists() else None
-            card = bank_card(SavedBank(folder), args.repo_id, picture=picture, **details)
-        else:
-            card = assembled_card(T5ForConditionalGeneration.from_pretrained(folder), args.repo_id, **details)
-        card.save(readme)
-    commit = upload(folder, args.repo_id, private=args.private, revision=args.revision, commit_message=args.commit_message)
+    details = {"language": args.language, "license": args.license, "datasets": args.dataset, "tags": args.tag}
+    details = {name: value for name, value in {**details, "pipeline_tag": args.pipeline_tag}.items() if value}
+    if (folder / "README.md").exists() and not args.new_card:
+        if details:
+            raise ValueError(f"{folder} has a README.md, which is uploaded as it is, without {', '.join(details)}; or pass --new-card")
+    else:
+        card = bank_card if _is_bank(folder) else assembled_card
+        described = SavedBank(folder) if _is_bank(folder) else T5ForConditionalGeneration.from_pretrained(folder)
+        card(described, args.repo_id, **measured_in(folder), **details).save(folder / "README.md")
+    with tempfile.TemporaryDirectory() as published:
+        for path in folder.iterdir():
+            if path.is_file() and not path.name.startswith("."):
+                os.symlink(path.resolve(), Path(published) / path.name)
+        _tell_no_folder(Path(published) / CONFIG_NAME)
+        commit = upload(published, args.repo_id, private=args.private, revision=args.revision, commit_message=args.commit_message)
     return {"repo_id": args.repo_id, "commit": commit.oid, "url": commit.commit_url}, f"{args.repo_id} at {commit.oid}", 0
+
+
+def _is_bank(folder: Path) -> bool:
+    return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type") == ModularT5Config.model_type
+
+
+def _tell_no_folder(config: Path) -> None:
+    """Replace a configuration's link by a copy in which an assembled model does not name a folder of this machine."""
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    origin = fields.get("modular_t5")
+    if origin and not origin.get("revision"):
+        config.unlink()
+        config.write_text(json.dumps({**fields, "modular_t5": {**origin, "bank": None}}, indent=2) + "\n", encoding="utf-8")
 
 
 def _counts(report: PlanReport) -> dict[str, Any]:
@@ -179,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     added = command("rebuild", rebuild_command, "fast")
     added.add_argument("model", help="folder or Hub id of an assembled model")
     added.add_argument("--bank", help="folder or Hub id of the bank, if not where the model says; --revision is the bank's")
+    added.add_argument("--teacher", help="as of assemble")
     added = command("push", push, "fast org/modular-t5-base-fast --language en --language de --pipeline-tag translation")
     added.add_argument("folder", help="of a bank or an assembled model")
     added.add_argument("repo_id", help="where to, org/name")

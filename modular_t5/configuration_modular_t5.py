@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import T5Config
 from transformers.activations import ACT2FN
 
@@ -48,6 +49,16 @@ _LARGEST = {
     "vocab_size": 1 << 24,
     "relative_attention_num_buckets": 1 << 12,
     "relative_attention_max_distance": 1 << 20,
+}
+
+# What is read of a configuration file. The rest, of later versions or of somebody's making, is left alone.
+_READ = {
+    *("_commit_hash", "_name_or_path", "architectures", "bos_token_id", "d_ff", "d_kv", "d_model", "decoder_start_token_id"),
+    *("dropout_rate", "dtype", "eos_token_id", "feed_forward_proj", "initializer_factor", "layer_norm_epsilon", "model_type"),
+    *("num_decoder_layers", "num_heads", "num_layers", "pad_token_id", "prefix", "relative_attention_max_distance"),
+    *("relative_attention_num_buckets", "scale_decoder_outputs", "task_specific_params", "tie_word_embeddings", "transformers_version"),
+    *("use_cache", "vocab_size"),
+    *("granularities", "initialization", "lora", "modules_only", "own_parts", "plan", "teacher"),
 }
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -125,9 +136,13 @@ class ModularT5Config(T5Config):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `PreTrainedConfig.from_dict`, but fields given as keywords are validated together with the others."""
+        """As `PreTrainedConfig.from_dict`, but what a bank does not know is ignored, and keywords are validated with the rest."""
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__dataclass_fields__}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        try:
+            known = {name: value for name, value in config_dict.items() if name in _READ}
+            return super().from_dict({**known, **overrides}, **kwargs)
+        except (TypeError, AttributeError, KeyError, StrictDataclassError) as error:
+            raise ValueError(f"the configuration of a bank is not as it must be: {error}") from error
 
 
 def _checked_mapping(name: str, given: Any, types: Mapping[str, type]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -21,6 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .assembly_modular_t5 import AssemblyPlan, BankShape, PlanReport
 
+
+_SECRET = re.compile("token|secret|password|key", re.IGNORECASE)
 
 # What a bank's folder calls the file of `Frontier.save` and the picture of `Frontier.plot`.
 RESULTS_FILE, PICTURE_FILE = "frontier.json", "frontier.png"
@@ -39,6 +42,18 @@ def standard_sizes(shape: BankShape) -> dict[str, AssemblyPlan]:
     return plans
 
 
+def _command() -> str:
+    """The command line, without folders of this machine and secrets."""
+    words, secret = ["python"], False
+    for word in sys.argv:
+        option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        if value:
+            value = "***" if secret or (equals and _SECRET.search(option)) else os.path.basename(value) if os.path.isabs(value) else value
+        words.append(option + equals + value)
+        secret = bool(_SECRET.search(option)) and not equals
+    return shlex.join(words)
+
+
 def environment() -> dict[str, Any]:
     """What a measurement must say of where it was made: command, date, hardware and versions."""
     processor = platform.processor() or platform.machine()
@@ -51,7 +66,7 @@ def environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         hardware += f", {torch.cuda.get_device_name()}"
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command(),
         "date": datetime.date.today().isoformat(),
         "hardware": hardware,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("modular_t5", "torch", "transformers")}},

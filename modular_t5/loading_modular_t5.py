@@ -14,8 +14,8 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, MT5ForConditionalGeneration, T5ForConditionalGeneration
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers import GenerationConfig, MT5ForConditionalGeneration, PreTrainedConfig, T5ForConditionalGeneration
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .assembly_modular_t5 import BankShape
@@ -35,7 +35,7 @@ def hub_arguments_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def commit_of(source: str | os.PathLike, **hub_arguments: Any) -> str | None:
     """The commit that a revision of a Hub repository is now; None for a folder."""
-    return extract_commit_hash(cached_file(source, CONFIG_NAME, **hub_arguments), None)
+    return None if os.path.isdir(source) else extract_commit_hash(cached_file(source, CONFIG_NAME, **hub_arguments), None)
 
 
 def load_teacher(
@@ -48,7 +48,7 @@ def load_teacher(
     """
     commit = commit_of(name_or_path, **hub_arguments_of(kwargs))
     kwargs |= {"revision": commit} if commit else {}
-    model_type = AutoConfig.from_pretrained(name_or_path, **hub_arguments_of(kwargs)).model_type
+    model_type = PreTrainedConfig.get_config_dict(name_or_path, **hub_arguments_of(kwargs))[0].get("model_type")
     if model_type not in _TEACHERS:
         raise ValueError(not_a_teacher(str(name_or_path), model_type))
     return _TEACHERS[model_type].from_pretrained(name_or_path, **kwargs), commit
@@ -81,6 +81,20 @@ def not_a_teacher(name: str, model_type: str | None) -> str:
     return f"cannot build a bank from {name} (model type {model_type!r}): {reason}"
 
 
+def on_hub(config: ModularT5Config) -> bool:
+    """Whether a bank's teacher is named by Hub id and commit."""
+    try:
+        return bool(hub_teacher(config))
+    except ValueError:
+        return False
+
+
+def dtype_of(name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The type that a T5 of this type has a parameter in: transformers keeps some in float32 where a model is in float16."""
+    keeps = dtype == torch.float16 and not set(name.split(".")).isdisjoint(T5ForConditionalGeneration._keep_in_fp32_modules)
+    return torch.float32 if keeps else dtype
+
+
 def teacher_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The teacher's weights by name, out of a teacher or of a bank; a tied head is left out."""
     return {name: parameter for name, parameter in model.named_parameters() if not is_bank_tensor(name)}
@@ -108,7 +122,10 @@ class SavedBank:
         self.revision: str | None = commit_of(source, **hub_arguments)
         if self.revision is not None:
             self.hub_arguments["revision"] = self.revision
-        fields, _ = ModularT5Config.get_config_dict(source, **self.hub_arguments)
+        try:
+            fields, _ = ModularT5Config.get_config_dict(source, **self.hub_arguments)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"the {CONFIG_NAME} of {source} is not as it must be: {error}") from error
         if fields.get("model_type") != ModularT5Config.model_type:
             raise ValueError(
                 f"{source} is of model type {fields.get('model_type')!r}: it is no bank; "
@@ -134,14 +151,13 @@ class SavedBank:
         return {"bank": str(self.source), "revision": self.revision}
 
     @property
-    def owns_what_it_reads(self) -> bool:
-        """Whether nobody else has the tensors that `read` returns: all but those of a teacher that was given as a model."""
-        return not isinstance(self._teacher, nn.Module)
-
-    @property
     def names(self) -> list[str]:
-        """Of all tensors of the bank, the teacher's included, wherever they come from."""
-        return tensor_names(self.one_layer, self.config)
+        """Of all tensors of the bank, the teacher's included, wherever they come from; those with several names once."""
+        return [name for name in tensor_names(self.one_layer, self.config) if self._actual(name) == name]
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor is there; always, unless the bank was opened without `strict`."""
+        return self.config.modules_only or name in self.stored
 
     @cached_property
     def one_layer(self) -> dict[str, tuple[int, ...]]:
@@ -157,36 +173,44 @@ class SavedBank:
         return bank_shape(sizes, self.config, self.config.dtype.itemsize if isinstance(self.config.dtype, torch.dtype) else 4)
 
     @cached_property
-    def teacher(self) -> T5ForConditionalGeneration | MT5ForConditionalGeneration | None:
-        """Of modules saved alone, the model that they were made for, its weights checked by their SHA-256."""
-        if not self.config.modules_only:
-            return None
-        teacher = self._teacher
-        if not isinstance(teacher, nn.Module):
+    def teacher(self) -> Mapping[str, torch.Tensor]:
+        """Of modules saved alone, the weights that they were made for, checked by their SHA-256. Nothing else of a teacher is read.
+
+        A teacher's configuration is the bank's own, so one that is named by a bank gets no say in what is built or run.
+        """
+        given = self._teacher
+        if isinstance(given, nn.Module):
+            if not is_teacher(given):
+                raise ValueError(not_a_teacher(type(given).__name__, getattr(getattr(given, "config", None), "model_type", None)))
+            tensors = {name: tensor.detach() for name, tensor in teacher_tensors(given).items()}
+        else:
             arguments = {name: value for name, value in self.hub_arguments.items() if name not in ("revision", "subfolder")}
-            if teacher is None:
-                teacher, revision = self._named_teacher()
+            if given is None:
+                given, revision = self._named_teacher()
                 arguments |= {"revision": revision} if revision else {}
-            teacher, _ = load_teacher(teacher, dtype=self.config.dtype, **arguments)
-        elif not is_teacher(teacher):
-            raise ValueError(not_a_teacher(type(teacher).__name__, getattr(getattr(teacher, "config", None), "model_type", None)))
-        found = fingerprint(teacher_tensors(teacher))
+            stored = StoredTensors(given, **arguments)
+            names = {name for name in tensor_names(self.one_layer, self.config) if not is_bank_tensor(name)}
+            wanted = names - {*EMBEDDINGS, *([HEAD] if self._told_tied else [])} | {SHARED}
+            if missing := wanted - set(stored):
+                raise ValueError(f"{given} is no teacher of these modules: it lacks {len(missing)} tensors, such as {min(missing)}")
+            stored.check({name: self.one_layer[shaped_like(name)] for name in wanted})
+            tensors = {name: stored[name].to(dtype_of(name, self.config.dtype)) for name in wanted}
+        found = fingerprint(tensors)
         if found != self.config.teacher["sha256"]:
             raise ValueError(
                 f"the modules in {self.source} were trained for another teacher ({self.config.teacher['name_or_path']}): the weights that "
                 f"they came with have SHA-256 {self.config.teacher['sha256']}, these have {found}"
             )
-        if (teacher.lm_head.weight is teacher.shared.weight) != self._told_tied:
+        if (HEAD not in tensors) != self._told_tied:
             raise ValueError(f"{self.source} says of its teacher's head tie_word_embeddings={self._told_tied}, which is not so")
-        return teacher
+        return tensors
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The bank's, else its teacher's."""
-        try:
+        """The bank's own, or if it was saved without, what its configuration implies."""
+        if cached_file(self.source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **self.hub_arguments):
             return GenerationConfig.from_pretrained(self.source, **self.hub_arguments)
-        except OSError:  # there is none
-            return GenerationConfig.from_model_config(self.config) if self.teacher is None else self.teacher.generation_config
+        return GenerationConfig.from_model_config(self.config)
 
     def check(self, names: Iterable[str] | None = None) -> None:
         """Fetch the shards of these tensors (by default of all) and compare shapes with the configuration's; read no tensor."""
@@ -194,20 +218,21 @@ class SavedBank:
         stored = {part for name in wanted for part in self._parts(name) if part in self.stored}
         self.stored.check({name: self._stored_shape(name) for name in stored})
 
-    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """These tensors of the bank, and those alone. Names of one tensor get one tensor."""
+    def read(self, names: Iterable[str], *, check: bool = True) -> dict[str, torch.Tensor]:
+        """These tensors of the bank, and those alone. Names of one tensor get one tensor. Nobody else has them."""
         names = list(names)
         actual = {name: self._actual(name) for name in names}
-        self.check(actual.values())
-        of_teacher = {} if self.teacher is None else teacher_tensors(self.teacher)
+        if check:
+            self.check(actual.values())
+        of_teacher = self.teacher if self.config.modules_only else {}
         tensors = {}
         for name in dict.fromkeys(actual.values()):
             if name in self.stored:
                 tensors[name] = self.stored[name]
             elif name in of_teacher:
-                tensors[name] = of_teacher[name].detach()
+                tensors[name] = of_teacher[name].clone() if isinstance(self._teacher, nn.Module) else of_teacher[name]
             else:
-                tensors[name] = self._with_adapters(name, of_teacher[initial_name(name, self.config)].detach())
+                tensors[name] = self._with_adapters(name, of_teacher[initial_name(name, self.config)])
         return {name: tensors[actual[name]] for name in names}
 
     # -- what a tensor is made of ------------------------------------------------------------------------------------------
@@ -245,7 +270,8 @@ class SavedBank:
         found = set(self.stored)
         if not self.config.modules_only:
             # Those of one tensor may be there under each of its names.
-            missing, extra = set(every) - found - {*EMBEDDINGS, HEAD} | {SHARED} - found, found - set(every)
+            implied = {*EMBEDDINGS, *([HEAD] if self._told_tied else [])}
+            missing, extra = set(every) - found - implied | {SHARED} - found, found - set(every)
         elif not self.config.lora:
             wanted = set(filter(is_bank_tensor, every))
             missing, extra = wanted - found, found - wanted

@@ -14,7 +14,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape, PlanReport
 from .configuration_modular_t5 import ModularT5Config
-from .frontier import Frontier, FrontierPoint, markdown_table, standard_sizes
+from .frontier import PICTURE_FILE, RESULTS_FILE, Frontier, FrontierPoint, markdown_table, standard_sizes
 from .loading_modular_t5 import hub_teacher
 
 
@@ -118,6 +118,7 @@ def assembled_card(
     repo_id: str,
     *,
     results: str | os.PathLike | None = None,
+    picture: str | None = None,
     language: str | Sequence[str] | None = None,
     license: str | None = None,
     datasets: Sequence[str] = (),
@@ -154,11 +155,19 @@ def assembled_card(
         bank=f"the module bank [{origin['bank']}]({url})" if on_hub else "a module bank that is not on the Hub",
         revision=f"`{origin['revision']}`" if on_hub else "none",
         table=measured and measured.frontier.table([measured.frontier.teacher, *points]),
+        picture=picture,
         results=measured,
         legend=measured and measured.legend,
         example=_quoted(example),
         not_measured=_not_measured(measured, datasets, dataset_name),
     )
+
+
+def measured_in(folder: str | os.PathLike) -> dict[str, Any]:
+    """The arguments `results` and `picture` of a card, of files by their usual names in a folder."""
+    results = Path(folder, RESULTS_FILE)
+    picture = {"picture": PICTURE_FILE} if Path(folder, PICTURE_FILE).exists() else {}
+    return {"results": results, **picture} if results.exists() else {}
 
 
 def origin_of(config: T5Config) -> dict[str, str | None]:

@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, ModelCard, ModelCardData
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from torch import nn
 from transformers import GenerationConfig, MT5ForConditionalGeneration, PreTrainedConfig, T5Config, T5ForConditionalGeneration
 from transformers.dynamic_module_utils import custom_object_save
@@ -35,12 +34,12 @@ from .layout_modular_t5 import (
     running_own_parts,
     tensor_names,
 )
-from .loading_modular_t5 import SavedBank, hub_arguments_of, hub_teacher, is_teacher, load_teacher, not_a_teacher, teacher_tensors
-from .storage_modular_t5 import HUB_ARGUMENTS, fingerprint, staged_folder, upload, write_shards
+from .loading_modular_t5 import SavedBank, dtype_of, hub_teacher, is_teacher, load_teacher, not_a_teacher, on_hub, teacher_tensors
+from .storage_modular_t5 import HUB_ARGUMENTS, card_of, fingerprint, staged_folder, upload, write_shards
 
 
 _PUSH_ARGUMENTS = ("commit_description", "commit_message", "create_pr", "private", "repo_id", "revision", "tags", "token")
-# What the Auto classes add to a call of `from_pretrained`, and means nothing to a bank of modules alone.
+# What the Auto classes add to a call of `from_pretrained`. What runs is the class that is called, and it fetches no other code.
 _AUTO_ARGUMENTS = ("_commit_hash", "_from_auto", "adapter_kwargs", "code_revision", "trust_remote_code")
 
 
@@ -187,41 +186,28 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
             OSError: there is no such bank, or it cannot be fetched.
         """
         path, wants_info = pretrained_model_name_or_path, kwargs.get("output_loading_info", False)
-        teacher, saved = kwargs.pop("teacher", None), None
-        kwargs.pop("trust_remote_code", None)  # what runs is this class, and it has no generation code of its own to fetch
-        if path is not None and kwargs.get("state_dict") is None:
-            if kwargs.setdefault("use_safetensors", True) is False:
-                raise ValueError("use_safetensors=False: a bank's weights are safetensors; nothing else is read")
-            hub_arguments = {**hub_arguments_of(kwargs), "revision": kwargs.get("_commit_hash") or kwargs.get("revision")}
-            saved = SavedBank(path, teacher=teacher, variant=kwargs.get("variant"), strict=not wants_info, **hub_arguments)
-            if saved.config.modules_only:
-                return cls._from_modules(saved, **kwargs)
-            if not wants_info and not kwargs.get("ignore_mismatched_sizes"):
-                saved.check()
-            kwargs |= {"revision": saved.revision} if saved.revision else {}
-        bank = super().from_pretrained(path, *model_args, **kwargs)
-        bank, *info = bank if wants_info else (bank,)
-        _record_tie(bank)
-        if saved is not None:
-            bank.origin = saved.origin
-        # Loaded tensors lie in memory as they lie in the file, and where they start decides how CPU kernels round. Aligned as torch
-        # aligns its own, a bank and the copies that `assemble` makes of it agree to the bit.
-        for parameter in bank.parameters():
-            if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
-                parameter.data = parameter.data.clone()
-        return (bank, *info) if wants_info else bank
-
-    @classmethod
-    def _from_modules(cls, saved: SavedBank, *, output_loading_info: bool = False, dtype: Any = None, **kwargs: Any) -> Any:
-        config = kwargs.pop("config", None)
-        if unknown := sorted(kwargs.keys() - {*_AUTO_ARGUMENTS, *HUB_ARGUMENTS, "use_safetensors", "variant"}):
-            raise ValueError(f"{saved.source} holds modules alone, which load on the CPU and without {', '.join(unknown)}")
-        config = _run_like(saved.teacher, copy.deepcopy(config if isinstance(config, PreTrainedConfig) else saved.config))
-        config.modules_only, config.lora, config.name_or_path = False, None, str(saved.source)
-        bank = _built(cls, config, saved.read(saved.names), saved.generation_config, dtype=dtype, share_weights=saved.owns_what_it_reads)
-        bank.origin = saved.origin
-        info = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"), ())
-        return (bank, info) if output_loading_info else bank
+        if path is None or kwargs.get("state_dict") is not None:
+            return _with_recorded_tie(super().from_pretrained(path, *model_args, **kwargs))
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("use_safetensors=False: a bank's weights are safetensors; nothing else is read")
+        hub_arguments = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        hub_arguments |= {"revision": kwargs["_commit_hash"]} if kwargs.get("_commit_hash") else {}
+        kwargs = {name: value for name, value in kwargs.items() if name not in _AUTO_ARGUMENTS}
+        teacher, variant, config = (kwargs.pop(name, None) for name in ("teacher", "variant", "config"))
+        saved = SavedBank(path, teacher=teacher, variant=variant, strict=not wants_info, **hub_arguments)
+        if not isinstance(config, PreTrainedConfig):
+            fields = set(ModularT5Config.__dataclass_fields__) - {"dtype"}
+            changes = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
+            given = saved.config if config is None else ModularT5Config.from_pretrained(config)
+            config = ModularT5Config.from_dict({**given.to_dict(), **changes})
+        config = copy.deepcopy(config)
+        config.modules_only, config.lora, config.name_or_path = False, None, str(path)
+        tensors = saved.read([name for name in saved.names if saved.has(name)], check=not kwargs.get("ignore_mismatched_sizes"))
+        # The tensors that were checked are those that are loaded; transformers is not to look for files itself.
+        loaded = super().from_pretrained(None, *model_args, config=config, state_dict=tensors, **kwargs)
+        bank = loaded[0] if wants_info else loaded
+        bank.generation_config, bank.origin = saved.generation_config, saved.origin
+        return _with_recorded_tie(loaded)
 
     @classmethod
     def assemble_from_pretrained(
@@ -262,8 +248,8 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         mapping = parameter_map(saved.one_layer, plan, saved.config)
         tensors = saved.read(mapping.values())
         sources = {name: tensors[bank_name] for name, bank_name in mapping.items()}
-        generation_config, share = saved.generation_config, saved.owns_what_it_reads
-        return _built(T5ForConditionalGeneration, config, sources, generation_config, dtype=dtype, device=device, share_weights=share)
+        generation_config = saved.generation_config
+        return _built(T5ForConditionalGeneration, config, sources, generation_config, dtype=dtype, device=device, share_weights=True)
 
     def save_pretrained(
         self,
@@ -299,6 +285,9 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
             tensors = self.state_dict() if state_dict is None else state_dict
             names = {name for name, _ in self.named_parameters(remove_duplicate=False)} - {name for name, _ in self.named_parameters()}
             tensors = {name: tensor for name, tensor in tensors.items() if name not in names}  # a tied head once
+        teacher = self.config.teacher
+        if not modules_only and not on_hub(self.config):  # nobody's folders are told where they are of no use
+            self.config.teacher = {**teacher, "name_or_path": os.path.basename(teacher["name_or_path"] or "") or None}
         self.config.modules_only = modules_only
         self.config.dtype, self.config.architectures = self.dtype, [type(self).__name__]
         try:
@@ -308,11 +297,14 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
                 self.generation_config.save_pretrained(staging)
                 write_shards(staging, tensors, max_shard_size=max_shard_size, variant=variant)
         finally:
-            self.config.modules_only = False
+            self.config.modules_only, self.config.teacher = False, teacher
         self.origin = {"bank": str(save_directory), "revision": None}
         if push_to_hub:
             repo_id = hub_arguments.pop("repo_id", os.path.basename(directory))
-            self.push_to_hub(repo_id, max_shard_size=max_shard_size, modules_only=modules_only, **hub_arguments)
+            saving = {"max_shard_size": max_shard_size, "modules_only": modules_only}
+            if state_dict is not None or variant is not None:
+                saving |= {"state_dict": state_dict, "variant": variant}
+            self.push_to_hub(repo_id, **saving, **hub_arguments)
 
     def push_to_hub(
         self,
@@ -324,36 +316,33 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         token: bool | str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
         tags: Sequence[str] = (),
         modules_only: bool = False,
+        **saving: Any,
     ) -> CommitInfo:
         """As `PreTrainedModel.push_to_hub`; weights of an earlier upload make way. A card that is there stays, and gets the tags.
 
         Args:
             modules_only: as in `save_pretrained`.
+            saving: `max_shard_size`, `state_dict` and `variant` of `save_pretrained`.
 
         Raises:
             ValueError: modules alone would be uploaded, and their teacher is not named by Hub id and commit.
         """
-        if modules_only or self.config.lora:
-            try:
-                hub_teacher(self.config)
-            except ValueError as error:
-                raise ValueError(
-                    f"modules alone are of use to others if their teacher can be fetched, but {error}: "
-                    'set bank.config.teacher = {"name_or_path": "org/teacher", "revision": "<commit>"}'
-                ) from error
-        card = self._card_on_hub(repo_id, tags, token, modules_only or bool(self.config.lora))
-        origin = self.origin
+        modules_only = modules_only or bool(self.config.lora)
+        if modules_only:
+            self.check_teacher_is_on_hub()
+        repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+        card, origin = card_of(repo_id, revision, token), self.origin
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size, modules_only=modules_only)
+            self.save_pretrained(folder, modules_only=modules_only, **saving)
             self.origin = origin
+            card = self.new_card(repo_id, modules_only=modules_only) if card is None else card
+            card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *tags]))
             card.save(os.path.join(folder, "README.md"))
             commit = upload(
                 folder,
                 repo_id,
-                private=private,
                 token=token,
                 revision=revision,
                 create_pr=create_pr,
@@ -363,14 +352,15 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         self.origin = {"bank": repo_id, "revision": commit.oid}
         return commit
 
-    def _card_on_hub(self, repo_id: str, tags: Sequence[str], token: bool | str | None, modules_only: bool) -> ModelCard:
-        """The card of a repository, or if it has none `new_card`, with these tags."""
+    def check_teacher_is_on_hub(self) -> None:
+        """A `ValueError` if others could not fetch the teacher of modules that are uploaded alone."""
         try:
-            card = ModelCard.load(repo_id, token=token)
-        except (EntryNotFoundError, RepositoryNotFoundError):
-            card = self.new_card(repo_id, modules_only=modules_only)
-        card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *tags]))
-        return card
+            hub_teacher(self.config)
+        except ValueError as error:
+            raise ValueError(
+                f"modules alone are of use to others if their teacher can be fetched, but {error}: "
+                'set bank.config.teacher = {"name_or_path": "org/teacher", "revision": "<commit>"}'
+            ) from error
 
     def new_card(self, repo_id: str, *, modules_only: bool = False) -> ModelCard:
         """What a push writes where there is no card yet. Importing the package puts its own here."""
@@ -597,7 +587,7 @@ def _built(
     """A model on copies of these tensors, or on themselves; names with the same tensor share a parameter."""
     if isinstance(dtype, str):
         dtype = None if dtype == "auto" else getattr(torch, dtype, dtype)
-    if not isinstance(dtype, torch.dtype | None):
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating-point type of torch, its name, or 'auto'; got {dtype!r}")
     config.dtype = dtype or next(iter(sources.values())).dtype
     with torch.device("meta"):
@@ -613,14 +603,18 @@ def _built(
                 )
             tensor = sources[name]
             if id(tensor) not in parameters:
-                # transformers keeps these in float32 where a model is in float16.
-                keep = dtype == torch.float16 and not set(name.split(".")).isdisjoint(model_class._keep_in_fp32_modules or ())
-                own = tensor.detach().to(device=device, dtype=torch.float32 if keep else dtype)
+                own = tensor.detach().to(device=device, dtype=dtype_of(name, dtype))
                 parameters[id(tensor)] = nn.Parameter(own if share_weights or own.data_ptr() != tensor.data_ptr() else own.clone())
             module._parameters[leaf] = parameters[id(tensor)]
     model.generation_config = copy.deepcopy(generation_config)
     _record_tie(model)
     return model.eval()
+
+
+def _with_recorded_tie(loaded: Any) -> Any:
+    """What `from_pretrained` returned, with or without its report."""
+    _record_tie(loaded[0] if isinstance(loaded, tuple) else loaded)
+    return loaded
 
 
 def _record_tie(model: T5ForConditionalGeneration) -> None:

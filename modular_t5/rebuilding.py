@@ -4,9 +4,9 @@ import os
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
-from .layout_modular_t5 import EMBEDDINGS, HEAD
+from .layout_modular_t5 import EMBEDDINGS, HEAD, SHARED
 from .model_card import origin_of
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .storage_modular_t5 import StoredTensors
@@ -25,7 +25,12 @@ class Rebuilt(NamedTuple):
 
 
 def rebuild(
-    directory_or_repo: str | os.PathLike, *, bank: str | os.PathLike | None = None, revision: str | None = None, **hub_arguments: Any
+    directory_or_repo: str | os.PathLike,
+    *,
+    bank: str | os.PathLike | None = None,
+    revision: str | None = None,
+    teacher: Any = None,
+    **hub_arguments: Any,
 ) -> Rebuilt:
     """Assemble a saved model anew from the bank, revision and plan that its configuration names, and compare every tensor.
 
@@ -33,27 +38,32 @@ def rebuild(
 
     Args:
         bank, revision: in place of those that the model remembers.
+        teacher: of modules saved alone, as in `from_pretrained`.
         hub_arguments: for both, some of `HUB_ARGUMENTS`.
 
     Raises:
-        ValueError: the model remembers no bank and none is given, or that bank cannot be read or has no such plan.
+        ValueError: the model remembers no bank that can be told for sure and none is given, or that bank cannot be read or has no
+            such plan.
         OSError: the model or the bank is not there.
     """
-    config = AutoConfig.from_pretrained(directory_or_repo, **hub_arguments)
+    config = T5Config.from_pretrained(directory_or_repo, **hub_arguments)
     origin = origin_of(config)
     if bank is not None:
         origin |= {"bank": str(bank), "revision": revision}
+    elif origin["bank"] is None:
+        raise ValueError(f"{directory_or_repo} was assembled from a bank that had not been saved; name the bank as it was saved then")
+    elif origin["revision"] is None and not os.path.isdir(origin["bank"]):
+        raise ValueError(f"{directory_or_repo} was assembled from the folder {origin['bank']}, which is not here; name the bank")
     elif revision is not None:
         origin["revision"] = revision
-    if origin["bank"] is None:
-        raise ValueError(f"{directory_or_repo} was assembled from a bank that had not been saved; name the bank as it was saved then")
-    wanted = {} if origin["revision"] is None else {"revision": origin["revision"]}
-    model = ModularT5ForConditionalGeneration.assemble_from_pretrained(origin["bank"], origin["plan"], **hub_arguments, **wanted)
+    wanted = hub_arguments if origin["revision"] is None else {**hub_arguments, "revision": origin["revision"]}
+    model = ModularT5ForConditionalGeneration.assemble_from_pretrained(origin["bank"], origin["plan"], teacher=teacher, **wanted)
     stored = StoredTensors(directory_or_repo, **hub_arguments)
     expected = dict(model.named_parameters())
-    aliases = {name for name in (*EMBEDDINGS, HEAD) if name not in expected}
-    differences = sorted(expected.keys() ^ (set(stored) - aliases))
-    for name in expected.keys() & set(stored):
+    # Under each of its names a file may hold a tensor that has several.
+    expected |= {name: expected[SHARED] for name in (*EMBEDDINGS, HEAD) if name in stored and name not in expected}
+    differences = sorted(expected.keys() ^ set(stored))
+    for name in sorted(expected.keys() & set(stored)):
         saved = stored[name]
         if not torch.equal(expected[name].to(saved.dtype), saved):
             differences.append(name)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, split_torch_state_dict_into_shards
+from huggingface_hub import CommitInfo, HfApi, ModelCard, hf_hub_download, split_torch_state_dict_into_shards
+from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -30,7 +31,6 @@ _WEIGHTS = re.compile(
     r"model(?:\.([\w-]+?))?(?:-(?:common|own|(?:encoder|decoder)-(?:original|modules-\d+)))?(?:-\d{5}-of-\d{5})?\.safetensors"
 )
 _INDEX = re.compile(r"model\.safetensors\.index(?:\.([\w-]+))?\.json")
-_WEIGHTS_TO_REPLACE = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 _SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors")
 _DTYPES = {"F64", "F32", "F16", "BF16"}
 _ALIGNMENT = 64  # bytes; torch's own
@@ -46,7 +46,7 @@ def staged_folder(directory: str | os.PathLike) -> Iterator[Path]:
     Files of `directory` that the block does not write stay, but for the weights of an earlier save, which new ones replace. After an
     error `directory` is as it was. A process that is killed leaves the old folder or the new one, whole, and a `.saving-*` folder
     beside it or in it. Only where folders cannot be exchanged (other systems than Linux, a folder that has folders in it, is a mount
-    point or is what the process works in) do files move one by one, and a kill in that moment leaves a mixture.
+    point, belongs to another user or is what the process works in) do files move one by one, and a kill in that moment leaves a mixture.
 
     Raises:
         NotADirectoryError: `directory` is a file.
@@ -56,8 +56,10 @@ def staged_folder(directory: str | os.PathLike) -> Iterator[Path]:
         raise NotADirectoryError(f"{directory} is a file; give a folder to save into")
     created = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)
-    beside = os.access(directory.parent, os.W_OK) and os.stat(directory.parent).st_dev == os.stat(directory).st_dev
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory.parent if beside else directory))
+    staging = _staging_beside(directory)
+    beside = staging is not None
+    if staging is None:
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
     new, old = staging / "new", staging / "old"
     new.mkdir()
     old.mkdir()
@@ -84,25 +86,47 @@ def _is_replaced(name: str, written: Iterable[str]) -> bool:
     return name in written or (match is not None and match[1] in variants)
 
 
+def _staging_beside(directory: Path) -> Path | None:
+    """A fresh folder from which files can be moved into `directory`, beside it; None where there can be none."""
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory.parent))
+    except OSError:  # read-only
+        return None
+    probe = staging / staging.name
+    try:
+        probe.touch()
+        os.replace(probe, directory / probe.name)  # fails if one of them is mounted from elsewhere
+        (directory / probe.name).unlink()
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)
+        return None
+    return staging
+
+
 def _exchanged(directory: Path, new: Path) -> bool:
     """Put `new`, with what stays of `directory`, in its place in one step, if that can be done."""
-    written, present = {path.name for path in new.iterdir()}, list(directory.iterdir())
-    if any(path.is_dir() for path in present) or directory == Path(os.path.realpath(os.curdir)):
+    written, present, status = {path.name for path in new.iterdir()}, list(directory.iterdir()), directory.stat()
+    same_owner = (status.st_uid, status.st_gid) == (new.stat().st_uid, new.stat().st_gid)
+    if any(path.is_dir() for path in present) or directory == Path(os.path.realpath(os.curdir)) or not same_owner:
         return False
     shutil.copymode(directory, new)
-    for path in present:
-        if not _is_replaced(path.name, written):
-            try:
-                os.link(path, new / path.name)
-            except OSError:  # no such thing on this disk
-                shutil.copy2(path, new / path.name)
+    kept = {path.name: path.lstat().st_ino for path in present if not _is_replaced(path.name, written)}
+    for name in kept:
+        try:
+            os.link(directory / name, new / name, follow_symlinks=False)
+        except OSError:  # no such thing on this disk
+            shutil.copy2(directory / name, new / name, follow_symlinks=False)
+    if present:
+        for name in written:  # on the disk before what they replace is gone
+            with (new / name).open("rb") as file:
+                os.fsync(file.fileno())
     if not _exchange(directory, new):
-        for path in present:
-            if path.name not in written:
-                (new / path.name).unlink(missing_ok=True)
+        for name in kept:
+            (new / name).unlink()
         return False
+    replaced = {path.name for path in present} - kept.keys()
     for path in new.iterdir():  # the old folder by now
-        if path.name not in {old.name for old in present}:  # saved there by somebody else meanwhile
+        if path.name not in replaced and path.lstat().st_ino != kept.get(path.name):  # saved there by somebody else meanwhile
             os.replace(path, directory / path.name)
     return True
 
@@ -156,6 +180,8 @@ def write_shards(
     metadata = {"total_parameters": sum(tensor.numel() for tensor in tensors.values()), "total_size": size}
     index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)
     (directory / _index_name(variant)).write_text(index + "\n", encoding="utf-8")
+    for file in set(weight_map.values()):  # safetensors makes files that are their owner's alone
+        shutil.copymode(directory / _index_name(variant), directory / file)
 
 
 def _padding(tensors: Mapping[str, torch.Tensor]) -> int:
@@ -186,7 +212,8 @@ class StoredTensors(Mapping[str, torch.Tensor]):
     """The tensors of a safetensors checkpoint by name, sharded or not, of a folder or of the Hub.
 
     A shard is fetched when a tensor of it is asked for, and of a shard only those tensors are read. They are on the CPU, aligned as
-    torch aligns its own, and share no memory that anybody else writes to.
+    torch aligns its own. Files are mapped, as transformers maps them: what a tensor is changed to stays in memory, but a file that
+    somebody overwrites in place (not by replacing it, as saving does) changes under those who have read it.
 
     Args:
         source: a folder or a Hub id.
@@ -297,6 +324,14 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
 # -- uploading -------------------------------------------------------------------------------------------------------------
 
 
+def card_of(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> ModelCard | None:
+    """The card that a repository has at a revision, if it has one."""
+    try:
+        return ModelCard.load(hf_hub_download(repo_id, "README.md", revision=revision, token=token))
+    except (RemoteEntryNotFoundError, RevisionNotFoundError):
+        return None
+
+
 def upload(
     folder: str | os.PathLike,
     repo_id: str,
@@ -316,6 +351,8 @@ def upload(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
+    written = os.listdir(folder)
+    there = api.list_repo_files(repo_id, revision=None if create_pr else revision)
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
@@ -324,5 +361,5 @@ def upload(
         revision=revision,
         create_pr=create_pr,
         ignore_patterns=[".*", "checkpoint-*", "runs/*"],
-        delete_patterns=_WEIGHTS_TO_REPLACE,
+        delete_patterns=[name for name in there if _is_replaced(name, written) and name not in written] or None,
     )

@@ -1,6 +1,7 @@
 """`ModularTrainer`: a `Seq2SeqTrainer` that trains a bank by module replacing and distillation."""
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from numbers import Real
@@ -9,13 +10,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend
+from huggingface_hub import CommitInfo
 from peft import LoraConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
@@ -24,9 +26,9 @@ from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
 from .checkpoints import CheckpointingTrainer
 from .configuration_modular_t5 import ModularT5Config
 from .distillation import attention_loss, hidden_state_loss, logit_loss, task_loss
-from .frontier import PICTURE_FILE, RESULTS_FILE, environment
+from .frontier import environment
 from .layout_modular_t5 import own_part_of, running_own_parts
-from .model_card import bank_card
+from .model_card import bank_card, measured_in
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .recording import Replay, recording
 from .reducing import RunningParameters, trained_ids, watch_running
@@ -100,6 +102,8 @@ class ModularTrainer(CheckpointingTrainer):
             )
         if not isinstance(args, ModularTrainingArguments):
             raise ValueError(f"ModularTrainer takes ModularTrainingArguments, got {type(args).__name__}")
+        if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError("a checkpoint holds modules without their teacher and stays at home; set hub_strategy to every_save or end")
         if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
             raise ValueError("one process would drive several GPUs by DataParallel, which a bank cannot; start it with torchrun")
         if isinstance(processing_class, PreTrainedTokenizerBase):
@@ -175,22 +179,44 @@ class ModularTrainer(CheckpointingTrainer):
             raise ValueError("the card names the bank's own teacher, and datasets by dataset_tags and dataset; leave the others out")
         if not self.is_world_process_zero():
             return
-        output = Path(self.args.output_dir)
-        named = _listed(dataset)
-        card = bank_card(
-            self.bank,
-            self.hub_model_id or self.args.hub_model_id or model_name or output.name,
-            results=output / RESULTS_FILE if (output / RESULTS_FILE).exists() else None,
-            picture=PICTURE_FILE if (output / PICTURE_FILE).exists() else None,
-            training=self.training_record(),
-            language=language,
-            license=license,
-            datasets=_listed(dataset_tags),
-            dataset_name=named[0] if named else None,
-            tags=_listed(tags),
+        output, named = Path(self.args.output_dir), _listed(dataset)
+        told = {
+            "training": self.training_record(),
+            "language": language,
+            "license": license,
+            "datasets": _listed(dataset_tags),
+            "dataset_name": named[0] if named else None,
+            "tags": _listed(tags),
             **({"pipeline_tag": _listed(tasks)[0]} if tasks else {}),
-        )
+        }
+        repo_id = self.hub_model_id or self.args.hub_model_id or model_name or output.name
+        try:
+            card = bank_card(self.bank, repo_id, **measured_in(output), **told)
+        except ValueError as error:  # a training is not to fail at its end
+            logger.warning("The card tells of no results: %s", error)
+            card = bank_card(self.bank, repo_id, **told)
         card.save(output / "README.md")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.push_to_hub`: the whole bank, or of LoRA modules the adapters, with `create_model_card`'s card.
+
+        Raises:
+            ValueError: of LoRA modules, whose teacher is not named by Hub id and commit.
+        """
+        if self.bank.config.lora:
+            self.bank.check_teacher_is_on_hub()
+        pushed = super().push_to_hub(*args, **kwargs)
+        if isinstance(pushed, CommitInfo):
+            self.bank.origin = {"bank": self.hub_model_id, "revision": pushed.oid}
+        return pushed
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # What is uploaded in between is a whole bank too. transformers takes the files from where it is told, here from nowhere.
+        if self._staging is None and self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            self.save_model(_internal_call=True)
+            self.create_model_card()
+            with tempfile.TemporaryDirectory() as nothing:
+                super()._push_from_checkpoint(nothing)
 
     # -- a step ------------------------------------------------------------------------------------------------------------
 

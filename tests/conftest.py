@@ -96,6 +96,12 @@ def tamper(folder, change, listed=True):
         index.write_text(before)
 
 
+def same(one, other):
+    """Whether two models have the same tensors."""
+    state = other.state_dict()
+    return set(one.state_dict()) == set(state) and all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
+
+
 def logits(model, inputs):
     with torch.no_grad():
         return model(**inputs).logits

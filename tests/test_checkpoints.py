@@ -84,8 +84,9 @@ def test_a_checkpoint_and_its_teacher_are_a_bank(tmp_path):
         other.shared.weight[0, 0] += 1
     with pytest.raises(ValueError, match=r"were trained for another teacher .*: the weights that they came with have SHA-256"):
         ModularT5ForConditionalGeneration.from_pretrained(checkpoint, teacher=other)
-    with pytest.raises(ValueError, match="without device_map"):
-        ModularT5ForConditionalGeneration.from_pretrained(checkpoint, teacher=teacher, device_map="cpu")
+    mapped = ModularT5ForConditionalGeneration.from_pretrained(checkpoint, teacher=teacher, device_map="cpu", attn_implementation="eager")
+    assert equal(state_of(mapped), state_of(trainer.model))
+    assert mapped.encoder.config._attn_implementation == "eager"
 
 
 def test_modules_alone_by_hand(tmp_path):

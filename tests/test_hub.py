@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import make_bank, make_teacher, tamper
+from conftest import make_bank, make_teacher, same, tamper
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
@@ -20,11 +20,6 @@ from modular_t5.loading_modular_t5 import SavedBank
 load = ModularT5ForConditionalGeneration.from_pretrained
 assemble_from = ModularT5ForConditionalGeneration.assemble_from_pretrained
 COMMON = {"config.json", "generation_config.json", "model.safetensors.index.json", "model-common.safetensors"}
-
-
-def same(one, other):
-    state = other.state_dict()
-    return set(one.state_dict()) == set(state) and all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
 
 
 @pytest.fixture
