@@ -115,6 +115,8 @@ def _parsed_spans(side: str, text: str) -> tuple[int, ...]:
         if match is None:
             raise ValueError(f"{run!r} in the plan {text!r} is not <span>x<count>; a plan looks like {_PLAN_EXAMPLE}")
         span, count = map(int, match.groups())
+        if len(spans) + count > MAX_LAYERS:
+            raise ValueError(f"the {side} of a plan has at most {MAX_LAYERS} spans; {text[:60]!r}... has more")
         spans += [span] * count
     return tuple(spans)
 

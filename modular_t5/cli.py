@@ -25,6 +25,10 @@ from .rebuilding import rebuild
 from .storage_modular_t5 import upload
 
 
+# What may be part of a model's repository; whatever else lies in a folder stays there.
+_PUBLISHED = {".safetensors", ".json", ".md", ".py", ".png", ".model", ".jinja"}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 where `rebuild` found differences, 2 after an error."""
     args = _parser().parse_args(arguments)
@@ -88,6 +92,8 @@ def plan(args: argparse.Namespace) -> Outcome:
 def assemble(args: argparse.Namespace) -> Outcome:
     """Write a size out as a stock T5, with the bank's tokenizer."""
     output, arguments = Path(args.output), _hub_arguments(args)
+    if not args.output:
+        raise ValueError("--output is the folder to write, not an empty name")
     if (output / CONFIG_NAME).exists() and _is_bank(output):
         raise ValueError(f"{output} holds a bank, which would be overwritten; choose another folder")
     model = ModularT5ForConditionalGeneration.assemble_from_pretrained(
@@ -117,6 +123,8 @@ def rebuild_command(args: argparse.Namespace) -> Outcome:
 def push(args: argparse.Namespace) -> Outcome:
     """Upload the folder of a bank or of an assembled model; a card is written if there is none."""
     folder = Path(args.folder)
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"{folder} is no folder with a model: there is no {CONFIG_NAME} in it")
     details = {"language": args.language, "license": args.license, "datasets": args.dataset, "tags": args.tag}
     details = {name: value for name, value in {**details, "pipeline_tag": args.pipeline_tag}.items() if value}
     if (folder / "README.md").exists() and not args.new_card:
@@ -127,9 +135,11 @@ def push(args: argparse.Namespace) -> Outcome:
         described = SavedBank(folder) if _is_bank(folder) else T5ForConditionalGeneration.from_pretrained(folder)
         card(described, args.repo_id, **measured_in(folder), **details).save(folder / "README.md")
     with tempfile.TemporaryDirectory() as published:
-        for path in folder.iterdir():
-            if path.is_file() and not path.name.startswith("."):
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and path.suffix in _PUBLISHED and not path.name.startswith("."):
                 os.symlink(path.resolve(), Path(published) / path.name)
+            else:
+                print(f"modular-t5 push: left out {path.name}", file=sys.stderr)
         _tell_no_folder(Path(published) / CONFIG_NAME)
         commit = upload(published, args.repo_id, private=args.private, revision=args.revision, commit_message=args.commit_message)
     return {"repo_id": args.repo_id, "commit": commit.oid, "url": commit.commit_url}, f"{args.repo_id} at {commit.oid}", 0

@@ -119,17 +119,18 @@ class SavedBank:
         self, source: str | os.PathLike, *, teacher: Any = None, variant: str | None = None, strict: bool = True, **hub_arguments: Any
     ):
         self.source, self.hub_arguments = source, dict(hub_arguments)
+        folder = os.stat(source).st_ino if os.path.isdir(source) else None
         self.revision: str | None = commit_of(source, **hub_arguments)
         if self.revision is not None:
             self.hub_arguments["revision"] = self.revision
         try:
             fields, _ = ModularT5Config.get_config_dict(source, **self.hub_arguments)
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"the {CONFIG_NAME} of {source} is not as it must be: {error}") from error
-        if fields.get("model_type") != ModularT5Config.model_type:
+        model_type = fields.get("model_type") if isinstance(fields, dict) else None
+        if model_type != ModularT5Config.model_type:
             raise ValueError(
-                f"{source} is of model type {fields.get('model_type')!r}: it is no bank; "
-                "ModularT5ForConditionalGeneration.from_t5 builds one around a T5"
+                f"{source} is of model type {model_type!r}: it is no bank; ModularT5ForConditionalGeneration.from_t5 builds one around a T5"
             )
         if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **self.hub_arguments):
             # transformers would load the model that it names instead of the bank
@@ -140,7 +141,7 @@ class SavedBank:
         if teacher is not None and not self.config.modules_only:
             raise ValueError(f"{source} holds its own teacher; leave teacher= out, or build a bank by from_t5")
         self._told_tied = fields.get("tie_word_embeddings", True) is not False  # which every T5's configuration forgets
-        self.stored = StoredTensors(source, variant=variant, **self.hub_arguments)
+        self.stored = StoredTensors(source, variant=variant, folder=folder, **self.hub_arguments)
         self._teacher = teacher
         if strict:
             self._check_names()
@@ -209,7 +210,10 @@ class SavedBank:
     def generation_config(self) -> GenerationConfig:
         """The bank's own, or if it was saved without, what its configuration implies."""
         if cached_file(self.source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **self.hub_arguments):
-            return GenerationConfig.from_pretrained(self.source, **self.hub_arguments)
+            try:
+                return GenerationConfig.from_pretrained(self.source, **self.hub_arguments)
+            except (TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(f"the {GENERATION_CONFIG_NAME} of {self.source} is not as it must be: {error}") from error
         return GenerationConfig.from_model_config(self.config)
 
     def check(self, names: Iterable[str] | None = None) -> None:

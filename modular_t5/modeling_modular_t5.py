@@ -231,7 +231,7 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         Args:
             pretrained_model_name_or_path, teacher, attn_implementation, variant: as in `from_pretrained`.
             strategy, ratio: as in `assemble`.
-            dtype: of the result; by default that of the files.
+            dtype: of the result; by default, as in `from_pretrained`, the one that the configuration names.
             device: of the result; by default the CPU.
             hub_arguments: `cache_dir`, `force_download`, `local_files_only`, `proxies`, `revision`, `subfolder`, `token`.
 
@@ -249,6 +249,7 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         tensors = saved.read(mapping.values())
         sources = {name: tensors[bank_name] for name, bank_name in mapping.items()}
         generation_config = saved.generation_config
+        dtype = saved.config.dtype if dtype in (None, "auto") else dtype
         return _built(T5ForConditionalGeneration, config, sources, generation_config, dtype=dtype, device=device, share_weights=True)
 
     def save_pretrained(

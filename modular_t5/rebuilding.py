@@ -4,7 +4,8 @@ import os
 from typing import Any, NamedTuple
 
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from .layout_modular_t5 import EMBEDDINGS, HEAD, SHARED
 from .model_card import origin_of
@@ -13,7 +14,7 @@ from .storage_modular_t5 import StoredTensors
 
 
 # Of a configuration, what says nothing about the computation, or what the tensors say better.
-_ASIDE = {"_name_or_path", "architectures", "dtype", "modular_t5", "tie_word_embeddings", "transformers_version"}
+_ASIDE = {"_name_or_path", "architectures", "dtype", "modular_t5", "tie_word_embeddings", "transformers_version", "_from_model_config"}
 
 
 class Rebuilt(NamedTuple):
@@ -70,4 +71,13 @@ def rebuild(
     fields = {name: value for name, value in config.to_dict().items() if name not in _ASIDE}
     own = {name: value for name, value in model.config.to_dict().items() if name not in _ASIDE}
     differences += [f"config.json: {name}" for name in sorted(fields.keys() | own.keys()) if fields.get(name) != own.get(name)]
+    generation = _generation_config(directory_or_repo, model, hub_arguments).to_diff_dict()
+    own = model.generation_config.to_diff_dict()
+    changed = {name for name in generation.keys() | own.keys() if generation.get(name) != own.get(name)} - _ASIDE
+    differences += [f"{GENERATION_CONFIG_NAME}: {name}" for name in sorted(changed)]
     return Rebuilt(model, origin, differences)
+
+
+def _generation_config(source: str | os.PathLike, model: T5ForConditionalGeneration, hub_arguments: dict[str, Any]) -> GenerationConfig:
+    there = cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    return GenerationConfig.from_pretrained(source, **hub_arguments) if there else model.generation_config

@@ -218,15 +218,17 @@ class StoredTensors(Mapping[str, torch.Tensor]):
     Args:
         source: a folder or a Hub id.
         variant: part of the files' names, as in `PreTrainedModel.from_pretrained`.
+        folder: inode of the folder, where other files of it were read before.
         hub_arguments: some of `HUB_ARGUMENTS`.
 
     Raises:
         ValueError: there are no safetensors, or two sets of them; or an index, a shard or a tensor is not as it must be.
-        OSError: a shard is missing, or cannot be fetched.
+        OSError: a shard is missing, or cannot be fetched, or the folder was saved anew while it was read.
     """
 
-    def __init__(self, source: str | os.PathLike, *, variant: str | None = None, **hub_arguments: Any):
+    def __init__(self, source: str | os.PathLike, *, variant: str | None = None, folder: int | None = None, **hub_arguments: Any):
         self.source, self._hub_arguments = source, hub_arguments
+        self._folder = os.stat(source).st_ino if folder is None and os.path.isdir(source) else folder
         self._shards: dict[str, Any] = {}
         whole = SAFE_WEIGHTS_NAME.replace(".safetensors", f".{variant}.safetensors") if variant else SAFE_WEIGHTS_NAME
         path, index = (self._paths([name], required=False) for name in (whole, _index_name(variant)))
@@ -268,6 +270,8 @@ class StoredTensors(Mapping[str, torch.Tensor]):
                     "download or save it again"
                 )
             self._shards[shard] = opened
+        if self._folder is not None and os.stat(self.source).st_ino != self._folder:
+            raise OSError(f"{self.source} was saved anew while it was read; load it again")
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Fetch these tensors' shards and compare their shapes; nothing of the tensors is read."""
@@ -303,7 +307,7 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         try:
             weight_map = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
             entries = list(weight_map.items())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"the index of {self.source} is torn, or none ({error!r}); download or save it again") from error
         for name, shard in entries:
             if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):

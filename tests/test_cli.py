@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import make_bank, make_teacher
+from hub import HUB
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
@@ -73,11 +74,16 @@ def test_assemble_and_rebuild(run, bank, tmp_path):
     with torch.no_grad():
         model.encoder.block[1].layer[0].SelfAttention.q.weight[0, 0] += 1e-6
     model.config.dropout_rate = 0.3
+    model.generation_config.num_beams = 7
     model.save_pretrained(output)
     status, out, _ = run("rebuild", output)
     assert status == 1
-    assert "encoder.block.1.layer.0.SelfAttention.q.weight\n  config.json: dropout_rate" in out
-    assert len(json.loads(run("rebuild", output, "--json")[1])["differences"]) == 2
+    assert "encoder.block.1.layer.0.SelfAttention.q.weight\n  config.json: dropout_rate\n  generation_config.json: num_beams" in out
+    assert len(json.loads(run("rebuild", output, "--json")[1])["differences"]) == 3
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(output)
+    assert "  lm_head.weight\n" in run("rebuild", output)[1]
 
 
 @pytest.mark.parametrize("name", ["v1.1", "mt5", "byt5"])
@@ -114,7 +120,12 @@ def test_push_and_rebuild_from_the_hub(run, hub, bank, tmp_path):
 
 def test_a_card_that_is_there_is_pushed_as_it_is(run, hub, bank):
     (bank / "README.md").write_text("---\nlicense: mit\n---\nBy hand.")
-    assert run("push", bank, "org/cli-by-hand")[0] == 0
+    assert "without license; or pass --new-card" in run("push", bank, "org/cli-by-hand", "--license", "mit")[2]
+    (bank / "passwords.txt").write_text("secret")
+    (bank / "folder").mkdir()
+    status, _, error = run("push", bank, "org/cli-by-hand")
+    assert (status, error) == (0, "modular-t5 push: left out folder\nmodular-t5 push: left out passwords.txt\n")
+    assert {"passwords.txt", "folder"}.isdisjoint(HUB.files("org/cli-by-hand"))
     assert ModelCard.load("org/cli-by-hand").text.strip() == "By hand."
     assert run("push", bank, "org/cli-by-hand", "--new-card")[0] == 0
     assert "One repository, every size" in ModelCard.load("org/cli-by-hand").text
@@ -128,6 +139,9 @@ def test_a_card_that_is_there_is_pushed_as_it_is(run, hub, bank):
         (("plan", "BANK", "size-first"), "ratio must be a number from 1"),
         (("assemble", "BANK", "2x3/2x3", "3", "-o", "OUT"), "a ratio goes with a strategy"),
         (("assemble", "BANK", "2x3/2x3", "-o", "OUT", "--dtype", "int99"), "dtype must be a floating-point type"),
+        (("assemble", "BANK", "2x3/2x3", "-o", "BANK"), "holds a bank, which would be overwritten"),
+        (("assemble", "BANK", "2x3/2x3", "-o", ""), "not an empty name"),
+        (("push", "OUT", "org/x"), "is no folder with a model"),
         (("info", "TEACHER"), "it is no bank"),
         (("info", "org/nowhere"), "is not a valid model identifier"),
         (("info", "OUT"), "OUT|does not appear|not a local folder|Repo id"),
@@ -144,6 +158,33 @@ def test_what_is_wrong_is_said_in_a_sentence(arguments, message, run, bank, tmp_
     assert re.search(message, error)
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_no_code_of_a_bank_is_asked_for(run, hub, bank, tmp_path):
+    assert run("push", bank, "org/cli-evil")[0] == 0
+    tokenizer = {"tokenizer_class": "E", "auto_map": {"AutoTokenizer": ["evil.E", None]}}
+    evil = f"open({str(tmp_path / 'sprung')!r}, 'w')\nclass E: pass"
+    hub.commit("org/cli-evil", {"tokenizer_config.json": json.dumps(tokenizer).encode(), "evil.py": evil.encode()})
+    hub.forget_traffic()
+    status, out, _ = run("assemble", "org/cli-evil", "2x3/2x3", "-o", tmp_path / "out", "--json")
+    assert status == 0
+    assert json.loads(out)["plan"] == "2x3/2x3"
+    assert not [asked for asked in hub.asked if asked.endswith(".py")]
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_no_folder_of_this_machine_is_published(run, hub, bank, tmp_path):
+    loaded = ModularT5ForConditionalGeneration.from_pretrained(bank)
+    loaded.config.teacher = {"name_or_path": str(tmp_path / "teacher"), "revision": None, "sha256": None}
+    loaded.save_pretrained(bank)
+    loaded.assemble("2x3/2x3").save_pretrained(tmp_path / "fast")
+    loaded.push_to_hub("org/cli-private")
+    for folder in (bank, tmp_path / "fast"):
+        assert run("push", folder, f"org/cli-private-{folder.name}")[0] == 0
+    for repo in ("org/cli-private", "org/cli-private-bank", "org/cli-private-fast"):
+        for path, content in hub.files(repo).items():
+            assert str(tmp_path).encode() not in content, (repo, path)
+    assert json.loads(hub.files("org/cli-private")["config.json"])["teacher"]["name_or_path"] == "teacher"
 
 
 def test_help_has_an_example_of_each(capsys):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import make_bank, make_teacher, same, tamper
+from conftest import Trap, make_bank, make_teacher, same, tamper
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
@@ -97,6 +97,27 @@ def test_a_card_that_is_there_stays(hub, repo):
     assert card.data.tags == ["mine", "summarization"]
 
 
+def test_names_without_an_owner_and_cards_of_branches(hub, repo, monkeypatch):
+    name = repo.split("/")[1]
+    hub.commit(f"me/{name}", {"README.md": b"On main."})
+    hub.commit(f"me/{name}", {"README.md": b"On a branch."}, "dev")
+    bank = make_bank()
+    bank.push_to_hub(name)
+    bank.push_to_hub(name, revision="dev")
+    assert bank.origin == {"bank": f"me/{name}", "revision": hub.sha(f"me/{name}", "dev")}
+    for revision, text in (("main", b"On main."), ("dev", b"On a branch.")):
+        assert text in hub.files(f"me/{name}", revision)["README.md"]
+
+
+def test_a_variant_is_pushed_beside_the_rest(hub, repo, tmp_path):
+    make_bank().push_to_hub(repo)
+    before = {path for path in hub.files(repo) if path.endswith(".safetensors")}
+    half = make_bank(dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half", variant="bf16", push_to_hub=True, repo_id=repo)
+    assert before < {path for path in hub.files(repo) if path.endswith(".safetensors")}
+    assert same(load(repo, variant="bf16"), half)
+
+
 def test_saving_with_push(hub, repo, tmp_path):
     bank = make_bank()
     bank.save_pretrained(tmp_path / "bank", push_to_hub=True, repo_id=repo, private=True)
@@ -139,15 +160,24 @@ def test_another_teacher_is_refused_and_no_code_of_it_runs(hub, repo, tmp_path):
     make_teacher("v1.1", initializer_factor=2.0).save_pretrained(tmp_path / "other")
     files["model.safetensors"] = (tmp_path / "other" / "model.safetensors").read_bytes()
     files["evil.py"] = f"open({str(tmp_path / 'sprung')!r}, 'w')".encode()
-    files["config.json"] = json.dumps(
-        {**json.loads(files["config.json"]), "auto_map": {"AutoConfig": "evil.C", "AutoModelForSeq2SeqLM": "evil.M"}}
-    ).encode()
+    evil = {"auto_map": {"AutoConfig": "evil.C", "AutoModelForSeq2SeqLM": "evil.M"}, "model_type": "evil", "num_layers": 3000}
+    files["config.json"] = json.dumps({**json.loads(files["config.json"]), **evil}).encode()
+    files["adapter_config.json"] = b'{"base_model_name_or_path": "org/of-somebody-else"}'
+    hub.forget_traffic()
     for way in (load, lambda repo, **arguments: assemble_from(repo, "2x3/2x3", **arguments)):
         with pytest.raises(ValueError, match="were trained for another teacher"):
             way(repo, cache_dir=tmp_path / "cache")
     with pytest.raises(ValueError, match="were trained for another teacher"):
         AutoModel.from_pretrained(repo, trust_remote_code=True, cache_dir=tmp_path / "cache")
+    del files["model.safetensors"]
+    torch.save({"a": Trap(tmp_path / "sprung")}, tmp_path / "trap.bin")
+    files["pytorch_model.bin"] = (tmp_path / "trap.bin").read_bytes()
+    with pytest.raises(ValueError, match="only safetensors are read"):
+        load(repo, cache_dir=tmp_path / "fresh")
     assert not (tmp_path / "sprung").exists()
+    of_teacher = {path for path in hub.asked if f"/{repo}-teacher/resolve/" in path and path.startswith("GET")}
+    assert {path.rsplit("/", 1)[1] for path in of_teacher} == {"model.safetensors"}
+    assert not [asked for asked in hub.asked if "of-somebody-else" in asked]
 
 
 @pytest.mark.parametrize("named", ["/etc/t5", "../t5", "https://example.org/t5"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DTYPES, TEACHERS, logits, make_bank, make_teacher, same, tamper
+from conftest import DTYPES, TEACHERS, Trap, logits, make_bank, make_teacher, same, tamper
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, T5ForConditionalGeneration
 
 from modular_t5 import ModularT5ForConditionalGeneration
@@ -87,6 +87,20 @@ def test_type_device_and_attention(inputs, tmp_path):
         assemble_from(tmp_path, "2x3/2x3", device_map="auto")
 
 
+@pytest.mark.parametrize(("saved", "told"), [(torch.float32, "bfloat16"), (torch.float16, "float16"), (torch.bfloat16, "float32")])
+def test_the_type_is_the_one_that_the_configuration_names(saved, told, tmp_path):
+    make_bank("v1.1", saved).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": told}))
+    one, other = load(tmp_path).assemble("2x3/2x3"), assemble_from(tmp_path, "2x3/2x3")
+    assert str(one.dtype) == str(other.dtype) == f"torch.{told}"
+    assert {name: p.dtype for name, p in one.named_parameters()} == {name: p.dtype for name, p in other.named_parameters()}
+    assert same(one, other)
+    for dtype in ("int8", torch.complex64, "nn"):
+        with pytest.raises(ValueError, match="dtype must be a floating-point type"):
+            assemble_from(tmp_path, "2x3/2x3", dtype=dtype)
+
+
 def test_only_the_plans_tensors_are_read(tmp_path, monkeypatch):
     bank = make_bank(num_layers=12, num_decoder_layers=12)
     bank.save_pretrained(tmp_path)
@@ -156,6 +170,24 @@ def test_what_a_configuration_says_beside_that_is_not_obeyed(more, tmp_path):
         assert not {"transformers_weights", "quantization_config"} & assembled.keys()
         assert assembled["decoder_layers"] == 3
     assert same(assemble_from(tmp_path, "1x6/2x3"), bank.assemble("1x6/2x3"))
+
+
+def test_a_folder_that_is_saved_anew_while_it_is_read(tmp_path, monkeypatch):
+    bank = make_bank()
+    bank.save_pretrained(tmp_path / "bank")
+    saved = SavedBank(tmp_path / "bank")
+    bank.save_pretrained(tmp_path / "bank")
+    with pytest.raises(OSError, match="was saved anew while it was read; load it again"):
+        saved.read(saved.names)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "5", "{", "[" * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+def test_files_that_are_no_json_of_ours(name, content, folder):
+    (folder / name).write_text(content)
+    for way in (load, lambda folder: assemble_from(folder, "2x3/2x3")):
+        with pytest.raises((ValueError, OSError), match=r"config|index|it is no bank"):
+            way(folder)
 
 
 def test_a_head_that_is_gone(tmp_path):
@@ -230,16 +262,6 @@ def both_ways(folder, message, plan="2x3/3x2"):
 def folder(tmp_path):
     make_bank().save_pretrained(tmp_path / "bank")
     return tmp_path / "bank"
-
-
-class Trap:
-    """Unpickled, it would leave a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize("dump", [pickle.dumps, None], ids=["pickle", "torch.save"])
@@ -356,6 +378,7 @@ def test_a_missing_shard(folder):
         ({"plan": {"encoder": [2, 2], "decoder": [6]}}, "covers 4 layers"),
         ({"plan": {"encoder": [1, 2, 3], "decoder": [6]}}, "begin at a multiple of 2"),
         ({"plan": "../../etc"}, "is not <span>x<count>|two sides"),
+        ({"plan": "1x6/" + "-".join(["1x999"] * 10_000)}, "a plan has at most 256 spans"),
         ({"own_parts": ["head"]}, "it lacks 1, the first of them decoder.bank.lm_head.weight"),
         ({"initialization": "../x"}, "unknown initialization"),
         ({"lora": {"rank": 3, "scaling": 1.0}}, "lora belongs to a bank of modules alone"),

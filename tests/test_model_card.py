@@ -11,7 +11,7 @@ from training import make_trainer
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from modular_t5 import ModularT5ForConditionalGeneration, assembled_card, bank_card
-from modular_t5.frontier import Frontier, FrontierPoint, standard_sizes
+from modular_t5.frontier import Frontier, FrontierPoint, environment, standard_sizes
 from modular_t5.loading_modular_t5 import SavedBank
 
 
@@ -160,6 +160,42 @@ def test_a_trainers_card_tells_of_the_training(tmp_path):
         trainer.create_model_card(finetuned_from="org/t5")
 
 
+def test_commands_are_told_without_folders_and_secrets(monkeypatch):
+    words = [
+        "/home/alice/train.py",
+        "--hub_token",
+        "hf_secret",
+        "--api_key=hf_secret",
+        "--output_dir",
+        "/home/alice/out",
+        "--lr=0.1",
+        "data/x",
+    ]
+    monkeypatch.setattr("sys.argv", words)
+    assert environment()["command"] == "python train.py --hub_token '***' '--api_key=***' --output_dir out --lr=0.1 data/x"
+
+
+def test_results_of_another_bank_do_not_end_a_training(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    results_of(make_bank(num_layers=12), tmp_path)
+    trainer.train()
+    trainer.create_model_card()
+    assert "Quality and speed, of any size." in ModelCard.load(tmp_path / "README.md").text
+
+
+def test_what_is_pushed_in_between_is_a_whole_bank(hub, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "push_to_hub": True, "hub_model_id": "org/in-between"}
+    trainer = make_trainer(tmp_path / "out", max_steps=2, **saving)
+    trainer.train()
+    trainer._finish_current_push()
+    assert not [path for path in hub.files("org/in-between") if "checkpoint" in path]
+    state = ModularT5ForConditionalGeneration.from_pretrained("org/in-between").state_dict()
+    assert set(state) == set(trainer.bank.state_dict())
+    assert "### Training" not in ModelCard.load("org/in-between").text
+    with pytest.raises(ValueError, match="set hub_strategy to every_save or end"):
+        make_trainer(tmp_path / "out", hub_strategy="checkpoint", **saving)
+
+
 def test_a_trainer_pushes_bank_tokenizer_and_card(hub, tmp_path):
     trainer = make_trainer(tmp_path / "out", max_steps=1, hub_model_id="org/trained")
     trainer.train()
@@ -167,6 +203,7 @@ def test_a_trainer_pushes_bank_tokenizer_and_card(hub, tmp_path):
     assert {"README.md", "config.json", "model-common.safetensors", "modeling_modular_t5.py"} <= set(hub.files("org/trained"))
     assert 'repo = "org/trained"' in ModelCard.load("org/trained").text
     assert ModularT5ForConditionalGeneration.from_pretrained("org/trained").plan == trainer.bank.plan
+    assert trainer.bank.origin == {"bank": "org/trained", "revision": hub.sha("org/trained")}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "model_cards").glob("*.md")), ids=lambda path: path.name)

@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from modular_t5 import ModularT5Config, ModularT5ForConditionalGeneration
+from modular_t5 import storage_modular_t5 as storage
 from modular_t5.layout_modular_t5 import shard_of
-from modular_t5.storage_modular_t5 import staged_folder
+from modular_t5.storage_modular_t5 import StoredTensors, staged_folder
 
 
 def contents(folder):
@@ -102,8 +103,11 @@ def test_variants_lie_side_by_side(tmp_path):
     bank.save_pretrained(tmp_path)
     make_bank(dtype=torch.bfloat16).save_pretrained(tmp_path, variant="bf16")
     for variant, dtype in ((None, torch.float32), ("bf16", torch.bfloat16)):
-        assert ModularT5ForConditionalGeneration.assemble_from_pretrained(tmp_path, "2x3/2x3", variant=variant).dtype == dtype
-        assert ModularT5ForConditionalGeneration.from_pretrained(tmp_path, variant=variant, dtype=dtype).dtype == dtype
+        read = {tensor.dtype for tensor in StoredTensors(tmp_path, variant=variant).values()}
+        assert read == {dtype}
+        loaded = ModularT5ForConditionalGeneration.from_pretrained(tmp_path, variant=variant)
+        lazily = ModularT5ForConditionalGeneration.assemble_from_pretrained(tmp_path, "2x3/2x3", variant=variant)
+        assert loaded.dtype == lazily.dtype == torch.bfloat16  # the configuration is that of the last save
     before = {name for name in os.listdir(tmp_path) if "bf16" in name}
     bank.save_pretrained(tmp_path, max_shard_size="20KB")
     assert {name for name in os.listdir(tmp_path) if "bf16" in name} == before
@@ -203,13 +207,22 @@ def test_a_failed_save_leaves_what_another_saved_meanwhile(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_what_another_saved_meanwhile_stays(tmp_path):
+def test_what_another_saved_meanwhile_stays(tmp_path, monkeypatch):
     (tmp_path / "bank").mkdir()
-    (tmp_path / "bank" / "old").write_text("old")
+    for name in ("old", "replaced"):
+        (tmp_path / "bank" / name).write_text("old")
+
+    def exchange(one, other, original=storage._exchange):
+        (tmp_path / "another's").write_text("of another")
+        os.replace(tmp_path / "another's", tmp_path / "bank" / "replaced")
+        return original(one, other)
+
+    monkeypatch.setattr(storage, "_exchange", exchange)
     with staged_folder(tmp_path / "bank") as staging:
         (staging / "new").write_text("new")
         (tmp_path / "bank" / "of another").write_text("of another")
-    assert sorted(os.listdir(tmp_path / "bank")) == ["new", "of another", "old"]
+    assert sorted(os.listdir(tmp_path / "bank")) == ["new", "of another", "old", "replaced"]
+    assert (tmp_path / "bank" / "replaced").read_text() == "of another"
     assert os.listdir(tmp_path) == ["bank"]
 
 
@@ -274,8 +287,9 @@ def test_a_save_that_is_killed_at_any_moment_leaves_a_whole_bank(tmp_path):
     make_bank().save_pretrained(folder)
     code = "import sys; from modular_t5 import ModularT5ForConditionalGeneration as M\n"
     code += "bank = M.from_pretrained(sys.argv[1]); print(1, flush=True)\n"
-    code += "while True: bank.set_plan('6x1/6x1' if str(bank.plan) == '1x6/1x6' else '1x6/1x6'); bank.save_pretrained(sys.argv[1])"
-    seen = set()
+    code += "while True:\n    bank.set_plan('6x1/6x1' if str(bank.plan) == '1x6/1x6' else '1x6/1x6')\n"
+    code += "    for parameter in bank.parameters(): parameter.data.fill_(len(bank.plan.encoder))\n    bank.save_pretrained(sys.argv[1])"
+    fills = set()
     for _ in range(8):
         process = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE)
         process.stdout.readline()
@@ -284,8 +298,9 @@ def test_a_save_that_is_killed_at_any_moment_leaves_a_whole_bank(tmp_path):
         process.kill()
         process.wait()
         process.stdout.close()
-        seen.add(str(ModularT5ForConditionalGeneration.from_pretrained(folder).plan))
-    assert seen <= {"1x6/1x6", "6x1/6x1"}
+        bank = ModularT5ForConditionalGeneration.from_pretrained(folder)
+        fills.add((str(bank.plan), *{value for parameter in bank.parameters() for value in parameter.unique().tolist()}))
+    assert fills <= {("1x6/1x6", 6.0), ("6x1/6x1", 1.0)}
 
 
 def test_saving_over_a_file_is_refused(tmp_path):
