@@ -6,6 +6,7 @@ The texts are in `model_cards/`; the figures come from a result file of `Frontie
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,31 +34,13 @@ class Described(Protocol):
     def shape(self) -> BankShape: ...
 
 
-def bank_card(
-    bank: Described,
-    repo_id: str,
-    *,
-    results: str | os.PathLike | None = None,
-    picture: str | None = None,
-    training: Mapping[str, Any] | None = None,
-    modules_only: bool | None = None,
-    language: str | Sequence[str] | None = None,
-    license: str | None = None,
-    datasets: Sequence[str] = (),
-    dataset_name: str | None = None,
-    pipeline_tag: str = "text-generation",
-    tags: Sequence[str] = (),
-    example: str = "A text.",
-) -> ModelCard:
-    """The card of a bank: how to load each size, what each is worth, how it was trained, what was not measured.
+@dataclass(frozen=True)
+class CardDetails:
+    """What a card tells beside what the model itself does.
 
     Args:
-        bank: a `ModularT5ForConditionalGeneration`, or a `SavedBank`.
-        repo_id: where it will be, for the lines of code.
         results: a file that `Frontier.save` wrote. Without it, sizes are told and nothing else of them.
         picture: file name of `Frontier.plot` in the repository.
-        training: what `ModularTrainer.training_record` returned.
-        modules_only: whether the teacher is left out of the files; by default as the bank is saved.
         language: ISO 639-1 codes.
         license: by the Hub's name for it.
         datasets: Hub ids.
@@ -65,13 +48,43 @@ def bank_card(
         pipeline_tag: the Hub's name of the task, such as `translation` or `summarization`.
         tags: further ones.
         example: a text to try, as the task has them.
+    """
+
+    results: str | os.PathLike | None = None
+    picture: str | None = None
+    language: str | Sequence[str] | None = None
+    license: str | None = None
+    datasets: Sequence[str] = ()
+    dataset_name: str | None = None
+    pipeline_tag: str = "text-generation"
+    tags: Sequence[str] = ()
+    example: str = "A text."
+
+    @property
+    def measured_on(self) -> str | None:
+        """A name for what the results were measured on."""
+        return self.dataset_name or (self.datasets[0] if self.datasets else None)
+
+
+def bank_card(
+    bank: Described, repo_id: str, *, training: Mapping[str, Any] | None = None, modules_only: bool | None = None, **details: Any
+) -> ModelCard:
+    """The card of a bank: how to load each size, what each is worth, how it was trained, what was not measured.
+
+    Args:
+        bank: a `ModularT5ForConditionalGeneration`, or a `SavedBank`.
+        repo_id: where it will be, for the lines of code.
+        training: what `ModularTrainer.training_record` returned.
+        modules_only: whether the teacher is left out of the files; by default as the bank is saved.
+        details: the fields of `CardDetails`.
 
     Raises:
         ValueError: the results are not a file of `Frontier.save`, or of another bank.
     """
+    told = CardDetails(**details)
     config, shape = bank.config, bank.shape
     modules_only = bool(modules_only if modules_only is not None else config.modules_only or config.lora)
-    measured = _Measured.read(results) if results is not None else None
+    measured = _Measured.read(told.results) if told.results is not None else None
     if measured is None:
         sizes = {name: shape.report(plan) for name, plan in standard_sizes(shape).items()}
         points = [FrontierPoint.of(name, report, {}, {}, 0.0) for name, report in sizes.items()]
@@ -80,7 +93,7 @@ def bank_card(
         points, table = list(measured.frontier.points), measured.frontier.table()
         for point in points:
             if shape.report(AssemblyPlan.parse(point.plan)).total_parameters != point.parameters:
-                raise ValueError(f"{results} was measured on another bank: its {point.plan} has {point.parameters:,} parameters")
+                raise ValueError(f"{told.results} was measured on another bank: its {point.plan} has {point.parameters:,} parameters")
     try:
         teacher_id, commit = hub_teacher(config)
         teacher = f"[{teacher_id}](https://huggingface.co/{teacher_id}/tree/{commit})"
@@ -90,7 +103,7 @@ def bank_card(
     data = ModelCardData(
         base_model=teacher_id,
         base_model_relation="finetune" if teacher_id else None,
-        **_common(repo_id, measured, points, language, license, datasets, dataset_name, pipeline_tag, tags),
+        **_common(repo_id, measured, points, told),
     )
     return ModelCard.from_template(
         data,
@@ -103,37 +116,29 @@ def bank_card(
         table=table,
         results=measured,
         legend=measured and measured.legend,
-        picture=picture,
+        picture=told.picture,
         files=shard_table(config, modules_only),
         modules_only=modules_only,
         sha256=(config.teacher or {}).get("sha256"),
         training=training and {**training, "software": _software(training)},
-        example=_quoted(example),
-        not_measured=[*_not_measured(measured, datasets, dataset_name), *not_measured],
+        example=_quoted(told.example),
+        not_measured=[*_not_measured(measured, told), *not_measured],
     )
 
 
-def assembled_card(
-    model: T5ForConditionalGeneration,
-    repo_id: str,
-    *,
-    results: str | os.PathLike | None = None,
-    picture: str | None = None,
-    language: str | Sequence[str] | None = None,
-    license: str | None = None,
-    datasets: Sequence[str] = (),
-    dataset_name: str | None = None,
-    pipeline_tag: str = "text-generation",
-    tags: Sequence[str] = (),
-    example: str = "A text.",
-) -> ModelCard:
-    """The card of an assembled model: how to load it, what it is worth, how to make it again. Arguments as in `bank_card`.
+def assembled_card(model: T5ForConditionalGeneration, repo_id: str, **details: Any) -> ModelCard:
+    """The card of an assembled model: how to load it, what it is worth, how to make it again.
+
+    Args:
+        model: what `assemble` or `assemble_from_pretrained` returned, or the same saved and loaded.
+        repo_id, details: as in `bank_card`.
 
     Raises:
         ValueError: the model does not remember a bank, or the results are not a file of `Frontier.save`.
     """
+    told = CardDetails(**details)
     origin = origin_of(model.config)
-    measured = _Measured.read(results) if results is not None else None
+    measured = _Measured.read(told.results) if told.results is not None else None
     points = [point for point in measured.frontier.points if point.plan == origin["plan"]] if measured else []
     if not points:
         measured = None
@@ -142,7 +147,7 @@ def assembled_card(
     data = ModelCardData(
         base_model=origin["bank"] if on_hub else None,
         base_model_relation="finetune" if on_hub else None,
-        **_common(repo_id, measured, points, language, license, datasets, dataset_name, pipeline_tag, tags),
+        **_common(repo_id, measured, points, told),
     )
     return ModelCard.from_template(
         data,
@@ -155,11 +160,11 @@ def assembled_card(
         bank=f"the module bank [{origin['bank']}]({url})" if on_hub else "a module bank that is not on the Hub",
         revision=f"`{origin['revision']}`" if on_hub else "none",
         table=measured and measured.frontier.table([measured.frontier.teacher, *points]),
-        picture=picture,
+        picture=told.picture,
         results=measured,
         legend=measured and measured.legend,
-        example=_quoted(example),
-        not_measured=_not_measured(measured, datasets, dataset_name),
+        example=_quoted(told.example),
+        not_measured=_not_measured(measured, told),
     )
 
 
@@ -235,46 +240,35 @@ class _Measured:
         return "; ".join(part for part in [*parts, kept] if part) + "."
 
 
-def _common(
-    repo_id: str,
-    measured: _Measured | None,
-    points: Sequence[FrontierPoint],
-    language: str | Sequence[str] | None,
-    license: str | None,
-    datasets: Sequence[str],
-    dataset_name: str | None,
-    pipeline_tag: str,
-    tags: Sequence[str],
-) -> dict[str, Any]:
+def _common(repo_id: str, measured: _Measured | None, points: Sequence[FrontierPoint], told: CardDetails) -> dict[str, Any]:
     """Metadata that both kinds of card have. The model index needs a name for what was measured on."""
-    dataset_name = dataset_name or (datasets[0] if datasets else None)
     evaluations = [
         EvalResult(
-            task_type=pipeline_tag,
-            dataset_type=datasets[0] if datasets else _identifier(dataset_name),
-            dataset_name=dataset_name,
+            task_type=told.pipeline_tag,
+            dataset_type=told.datasets[0] if told.datasets else _identifier(told.measured_on),
+            dataset_name=told.measured_on,
             metric_type=_identifier(metric),
             metric_name=f"{metric}, {point.name} ({point.plan})",
             metric_value=round(score, 2),
         )
         for point in points
         for metric, score in point.scores.items()
-        if measured and dataset_name
+        if measured and told.measured_on
     ]
     return {
-        "language": list(language) if isinstance(language, Sequence) and not isinstance(language, str) else language,
-        "license": license,
+        "language": told.language if isinstance(told.language, str | None) else list(told.language),
+        "license": told.license,
         "library_name": "transformers",
-        "pipeline_tag": pipeline_tag,
-        "datasets": list(datasets) or None,
+        "pipeline_tag": told.pipeline_tag,
+        "datasets": list(told.datasets) or None,
         "metrics": [_identifier(metric) for metric in measured.frontier.teacher.scores] if measured else None,
-        "tags": [*_TAGS, *tags],
+        "tags": [*_TAGS, *told.tags],
         "model_name": repo_id.split("/")[-1] if evaluations else None,
         "eval_results": evaluations or None,
     }
 
 
-def _not_measured(measured: _Measured | None, datasets: Sequence[str], dataset_name: str | None) -> list[str]:
+def _not_measured(measured: _Measured | None, told: CardDetails) -> list[str]:
     if measured is None:
         return ["Quality and speed, of any size."]
     items = ["Sizes that are not in the table."]
@@ -283,7 +277,7 @@ def _not_measured(measured: _Measured | None, datasets: Sequence[str], dataset_n
     if "seed" in measured.provenance:
         items.append(f"Other seeds than {measured.provenance['seed']}: there are no error bars.")
     items.append("Texts of another kind than the test examples.")
-    if not (datasets or dataset_name):
+    if not told.measured_on:
         items.append("The metadata names no dataset, so the results are in the table alone.")
     return items
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 from conftest import make_bank, make_teacher
@@ -56,7 +57,7 @@ def test_the_commands_run(tmp_path, monkeypatch, pico_tokenizer, capsys):
     lines = next(block for block in blocks("bash") if block.startswith("modular-t5")).splitlines()
     assert {line.split()[1] for line in lines} == {"info", "plan", "assemble", "rebuild", "push"}
     for line in lines:
-        assert cli.main(line.split()[1:]) == 0, capsys.readouterr().err
+        assert cli.main(shlex.split(line, comments=True)[1:]) == 0, capsys.readouterr().err
 
 
 def test_the_calls_of_the_table_of_sizes_work():
