@@ -9,10 +9,9 @@ for where tensors lie moves them by some per cent.
 import argparse
 import gc
 import json
-import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
-from statistics import median
 
 import torch
 import transformers
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from transformers import T5Config, T5ForConditionalGeneration
 
 from modular_t5 import ModularT5Config, ModularT5ForConditionalGeneration
-from modular_t5.frontier import environment, markdown_table, measure_speed
+from modular_t5.frontier import environment, markdown_table, measure_speed, median_seconds
 
 
 # T5-base
@@ -62,14 +61,15 @@ def main() -> None:
     figures: dict[str, float] = {}
 
     plans = list(SIZES.values())
-    (figures["set_plan, ms"],) = medians(100, [lambda i: bank.set_plan(plans[i % len(plans)])])
-    (figures["assemble(share_weights=True), ms"],) = medians(10, [lambda i: bank.assemble(plans[i % len(plans)], share_weights=True)])
+    turns = cycle(plans)
+    (figures["set_plan, ms"],) = medians_ms([lambda: bank.set_plan(next(turns))], rounds=100)
+    (figures["assemble(share_weights=True), ms"],) = medians_ms([lambda: bank.assemble(next(turns), share_weights=True)], rounds=10)
 
     copying = {}
     for name, plan in tqdm(SIZES.items(), desc="assemble()"):
         tensors = list(bank.assemble(plan, share_weights=True).parameters())
-        tasks = [lambda i, plan=plan: bank.assemble(plan), lambda i, tensors=tensors: [t.detach().clone() for t in tensors]]
-        ours, plain = medians(31, tasks)
+        tasks = [lambda plan=plan: bank.assemble(plan), lambda tensors=tensors: [t.detach().clone() for t in tensors]]
+        ours, plain = medians_ms(tasks, rounds=31)
         copying[name] = {"assemble_ms": ours, "copy_ms": plain, "ratio": ours / plain}
     figures["assemble() / copying the same bytes"] = max(size["ratio"] for size in copying.values())
 
@@ -112,19 +112,9 @@ def main() -> None:
     print(markdown_table(["size", "tokens/s", "speed-up"], [[n, f"{s:.1f}", f"{s / speeds['12-12']:.2f}x"] for n, s in speeds.items()]))
 
 
-def medians(rounds: int, tasks: list[Callable[[int], object]]) -> list[float]:
-    """Milliseconds of each task, the tasks taking turns; the first round only warms up."""
-    times: list[list[float]] = [[] for _ in tasks]
-    for i in range(rounds + 1):
-        for task, seconds in zip(tasks, times, strict=True):
-            start = time.perf_counter()
-            result = task(i)
-            if i:
-                seconds.append(time.perf_counter() - start)
-            # Freeing memory is not what is timed; a model is only freed by the collector, and till then its memory is missing.
-            del result
-            gc.collect()
-    return [1000 * median(seconds) for seconds in times]
+def medians_ms(tasks: list[Callable[[], object]], rounds: int) -> list[float]:
+    # Freeing memory is not what is timed; a model is only freed by the collector, and till then its memory is missing.
+    return [1000 * seconds for seconds in median_seconds(tasks, rounds=rounds, between=gc.collect)]
 
 
 def farthest_from_one(ratios: dict[str, float]) -> float:

@@ -17,11 +17,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 import transformers
@@ -29,7 +26,7 @@ from assembling import SHAPE, SIZES
 from transformers import T5ForConditionalGeneration
 
 from modular_t5 import ModularT5Config, ModularT5ForConditionalGeneration
-from modular_t5.frontier import environment, markdown_table
+from modular_t5.frontier import environment, markdown_table, median_seconds
 
 
 GOALS = {"memory": 1.1, "bytes": 1.02, "time": 1.2}
@@ -70,9 +67,10 @@ def main() -> None:
                 for what in ("memory", "bytes"):
                     command = [sys.executable, __file__, "--output", "-", "--measure", what, str(where), plan]
                     row[way][what] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            tasks = [loader(folder / "bank", row["plan"]), loader(folder / "stock" / name, "")]
-            for touched in (True, False):
-                row["lazily"][seconds_name(touched)], row["stock"][seconds_name(touched)] = paired_seconds(tasks, args.rounds, touched)
+            calls = [loader(folder / "bank", row["plan"]), loader(folder / "stock" / name, "")]
+            until_read = [lambda call=call: touched(call()) for call in calls]
+            for what, tasks in (("seconds", until_read), ("seconds, call alone", calls)):
+                row["lazily"][what], row["stock"][what] = median_seconds(tasks, rounds=args.rounds, between=gc.collect)
             print(name, json.dumps(row), flush=True)
     finally:
         shutil.rmtree(folder)
@@ -81,8 +79,8 @@ def main() -> None:
         name: {
             "memory": row["lazily"]["memory"] / row["bytes"],
             "bytes": row["lazily"]["bytes"] / row["bytes"],
-            "time": row["lazily"][seconds_name(True)] / row["stock"][seconds_name(True)],
-            "time, call alone": row["lazily"][seconds_name(False)] / row["stock"][seconds_name(False)],
+            "time": row["lazily"]["seconds"] / row["stock"]["seconds"],
+            "time, call alone": row["lazily"]["seconds, call alone"] / row["stock"]["seconds, call alone"],
             "stock: memory": row["stock"]["memory"] / row["bytes"],
             "stock: bytes": row["stock"]["bytes"] / row["bytes"],
         }
@@ -110,14 +108,11 @@ def loader(folder: Path, plan: str) -> Callable[[], T5ForConditionalGeneration]:
     return lambda: T5ForConditionalGeneration.from_pretrained(folder)
 
 
-def touch(model: T5ForConditionalGeneration) -> None:
-    """Read every page of the weights."""
+def touched(model: T5ForConditionalGeneration) -> T5ForConditionalGeneration:
+    """The model, every page of its weights read."""
     for parameter in model.parameters():
         parameter.detach().flatten()[:: 4096 // parameter.itemsize].sum()
-
-
-def seconds_name(touched: bool) -> str:
-    return "seconds" if touched else "seconds, call alone"
+    return model
 
 
 def measure_memory(load: Callable[[], T5ForConditionalGeneration], folder: Path) -> int:
@@ -125,15 +120,13 @@ def measure_memory(load: Callable[[], T5ForConditionalGeneration], folder: Path)
     pico = {**SHAPE, "vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_heads": 2}
     with tempfile.TemporaryDirectory() as warm:
         ModularT5ForConditionalGeneration(ModularT5Config(**pico)).save_pretrained(warm)
-        touch(ModularT5ForConditionalGeneration.assemble_from_pretrained(warm, "1x12/4x3"))
-        ModularT5ForConditionalGeneration.assemble_from_pretrained(warm, "1x12/4x3").save_pretrained(f"{warm}/stock")
-        touch(T5ForConditionalGeneration.from_pretrained(f"{warm}/stock"))
+        touched(ModularT5ForConditionalGeneration.assemble_from_pretrained(warm, "1x12/4x3")).save_pretrained(f"{warm}/stock")
+        touched(T5ForConditionalGeneration.from_pretrained(f"{warm}/stock"))
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = status("VmRSS")
-    model = load()
-    touch(model)
-    return status("VmHWM") - before
+    touched(load())
+    return status("VmHWM") - before  # the peak, whatever is freed by now
 
 
 def measure_bytes(load: Callable[[], T5ForConditionalGeneration], folder: Path) -> int:
@@ -142,7 +135,7 @@ def measure_bytes(load: Callable[[], T5ForConditionalGeneration], folder: Path) 
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     before = bytes_read()
-    touch(load())
+    touched(load())
     return bytes_read() - before
 
 
@@ -153,24 +146,6 @@ def status(field: str) -> int:
 
 def bytes_read() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_inblock * 512
-
-
-def paired_seconds(tasks: list[Callable[[], Any]], rounds: int, touched: bool) -> list[float]:
-    """The median of each task's seconds; the tasks take turns."""
-    seconds: list[list[float]] = [[] for _ in tasks]
-    for repetition in range(rounds + 1):
-        for i in range(len(tasks)):
-            turn = (i + repetition) % len(tasks)
-            gc.collect()
-            start = time.perf_counter()
-            model = tasks[turn]()
-            if touched:
-                touch(model)
-            elapsed = time.perf_counter() - start
-            del model
-            if repetition:  # the first round warms up
-                seconds[turn].append(elapsed)
-    return [median(each) for each in seconds]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 from transformers.utils import CONFIG_NAME
@@ -131,8 +132,10 @@ def push(args: argparse.Namespace) -> Outcome:
         if details:
             raise ValueError(f"{folder} has a README.md, which is uploaded as it is, without {', '.join(details)}; or pass --new-card")
     else:
-        card = bank_card if _is_bank(folder) else assembled_card
-        described = SavedBank(folder) if _is_bank(folder) else T5ForConditionalGeneration.from_pretrained(folder)
+        if _is_bank(folder):
+            card, described = bank_card, SavedBank(folder)
+        else:
+            card, described = assembled_card, T5ForConditionalGeneration.from_pretrained(folder)
         card(described, args.repo_id, **measured_in(folder), **details).save(folder / "README.md")
     with tempfile.TemporaryDirectory() as published:
         for path in sorted(folder.iterdir()):
@@ -141,7 +144,8 @@ def push(args: argparse.Namespace) -> Outcome:
             else:
                 print(f"modular-t5 push: left out {path.name}", file=sys.stderr)
         _tell_no_folder(Path(published) / CONFIG_NAME)
-        commit = upload(published, args.repo_id, private=args.private, revision=args.revision, commit_message=args.commit_message)
+        repo_id = HfApi().create_repo(args.repo_id, private=args.private, exist_ok=True).repo_id
+        commit = upload(published, repo_id, revision=args.revision, commit_message=args.commit_message)
     return {"repo_id": args.repo_id, "commit": commit.oid, "url": commit.commit_url}, f"{args.repo_id} at {commit.oid}", 0
 
 

@@ -32,11 +32,9 @@ _AUTO_MAP = {
     "AutoModelForSeq2SeqLM": "modeling_modular_t5.ModularT5ForConditionalGeneration",
 }
 
-# What a bank's configuration has beside a T5's, or otherwise than a T5.
-_BANK_FIELDS = (
-    *("architectures", "auto_map", "decoder_layers", "model_type", "transformers_version"),
-    *("granularities", "initialization", "lora", "modules_only", "own_parts", "plan", "teacher"),
-)
+# What a bank's configuration has beside a T5's, and then what it has otherwise than a T5.
+_OWN_FIELDS = ("granularities", "initialization", "lora", "modules_only", "own_parts", "plan", "teacher")
+_BANK_FIELDS = (*_OWN_FIELDS, "architectures", "auto_map", "decoder_layers", "model_type", "transformers_version")
 
 # Wider than any T5 by a factor of ten or more. A file that asks for more is refused before memory is taken.
 _LARGEST = {
@@ -58,7 +56,7 @@ _READ = {
     *("num_decoder_layers", "num_heads", "num_layers", "pad_token_id", "prefix", "relative_attention_max_distance"),
     *("relative_attention_num_buckets", "scale_decoder_outputs", "task_specific_params", "tie_word_embeddings", "transformers_version"),
     *("use_cache", "vocab_size"),
-    *("granularities", "initialization", "lora", "modules_only", "own_parts", "plan", "teacher"),
+    *_OWN_FIELDS,
 }
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -9,8 +9,9 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -47,8 +48,10 @@ def _command() -> str:
     words, secret = ["python"], False
     for word in sys.argv:
         option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-        if value:
-            value = "***" if secret or (equals and _SECRET.search(option)) else os.path.basename(value) if os.path.isabs(value) else value
+        if value and (secret or (equals and _SECRET.search(option))):
+            value = "***"
+        elif os.path.isabs(value):
+            value = os.path.basename(value)
         words.append(option + equals + value)
         secret = bool(_SECRET.search(option)) and not equals
     return shlex.join(words)
@@ -108,25 +111,42 @@ def generate_texts(
     return texts
 
 
+def median_seconds(
+    tasks: Sequence[Callable[[], Any]], *, rounds: int, between: Callable[[], Any] | None = None, description: str | None = None
+) -> list[float]:
+    """What each of the tasks takes.
+
+    They take turns within every round, each round begun by the next of them, so that what else the machine does meets all alike; the
+    median round counts. One round more warms up.
+
+    Args:
+        between: run after every task, when what the task returned is gone; not timed.
+        description: of the progress bar; none without it.
+    """
+    seconds: list[list[float]] = [[] for _ in tasks]
+    for repetition in tqdm(range(rounds + 1), desc=description, disable=description is None, leave=False):
+        for turn in range(len(tasks)):
+            i = (turn + repetition) % len(tasks)
+            start = time.perf_counter()
+            result = tasks[i]()
+            elapsed = time.perf_counter() - start
+            del result
+            if between is not None:
+                between()
+            if repetition:
+                seconds[i].append(elapsed)
+    return [median(times) for times in seconds]
+
+
 @torch.inference_mode()
 def measure_speed(
     models: Sequence[PreTrainedModel], inputs: dict[str, torch.Tensor], *, new_tokens: int, rounds: int = 5, description: str | None = None
 ) -> list[float]:
-    """Greedy tokens a second of each model, target tokens of the whole batch counted, all forced to the same length.
-
-    The models take turns within every round, each round begun by the next of them, so that what else the machine does meets all
-    alike; the median round counts.
-    """
+    """Greedy tokens a second of each model (`median_seconds`), target tokens of the whole batch counted, all forced to the same length."""
     arguments = {"do_sample": False, "num_beams": 1, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
-    seconds: list[list[float]] = [[] for _ in models]
-    for repetition in tqdm(range(rounds + 1), desc=description, disable=description is None, leave=False):
-        for turn in range(len(models)):
-            i = (turn + repetition) % len(models)
-            start = time.perf_counter()
-            models[i].generate(**inputs, **arguments)
-            if repetition:  # the first round warms up
-                seconds[i].append(time.perf_counter() - start)
-    return [new_tokens * len(inputs["input_ids"]) / median(times) for times in seconds]
+    tasks = [partial(model.generate, **inputs, **arguments) for model in models]
+    seconds = median_seconds(tasks, rounds=rounds, description=description)
+    return [new_tokens * len(inputs["input_ids"]) / of_one for of_one in seconds]
 
 
 @dataclass(frozen=True)

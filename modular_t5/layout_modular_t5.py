@@ -6,13 +6,10 @@ say what all tensors of a bank are called and how large they are; these function
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
 from .configuration_modular_t5 import INITIALIZATIONS, OWN_PARTS, ModularT5Config
 
-
-T = TypeVar("T")
 
 # In the first original layer of each side, and what every plan uses.
 BIAS_TABLE = "layer.0.SelfAttention.relative_attention_bias.weight"
@@ -121,8 +118,3 @@ def bank_shape(one_layer: Mapping[str, int], config: ModularT5Config, bytes_per_
         own_head_parameters=one_layer[SHARED] if "head" in config.own_parts and HEAD not in one_layer else 0,
         bytes_per_parameter=bytes_per_parameter,
     )
-
-
-def one_layer_of(tensors: Mapping[str, T]) -> dict[str, T]:
-    """Of the tensors of a T5 or of a bank, those that a T5 with one layer a side has."""
-    return {name: tensor for name, tensor in tensors.items() if ".bank." not in name and (".block." not in name or ".block.0." in name)}

@@ -38,6 +38,16 @@ def commit_of(source: str | os.PathLike, **hub_arguments: Any) -> str | None:
     return None if os.path.isdir(source) else extract_commit_hash(cached_file(source, CONFIG_NAME, **hub_arguments), None)
 
 
+def saved_generation_config(source: str | os.PathLike, **hub_arguments: Any) -> GenerationConfig | None:
+    """The generation configuration that is saved with a model, if one is."""
+    if not cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments):
+        return None
+    try:
+        return GenerationConfig.from_pretrained(source, **hub_arguments)
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"the {GENERATION_CONFIG_NAME} of {source} is not as it must be: {error}") from error
+
+
 def load_teacher(
     name_or_path: str | os.PathLike, **kwargs: Any
 ) -> tuple[T5ForConditionalGeneration | MT5ForConditionalGeneration, str | None]:
@@ -50,7 +60,7 @@ def load_teacher(
     kwargs |= {"revision": commit} if commit else {}
     model_type = PreTrainedConfig.get_config_dict(name_or_path, **hub_arguments_of(kwargs))[0].get("model_type")
     if model_type not in _TEACHERS:
-        raise ValueError(not_a_teacher(str(name_or_path), model_type))
+        raise ValueError(_not_a_teacher(str(name_or_path), model_type))
     return _TEACHERS[model_type].from_pretrained(name_or_path, **kwargs), commit
 
 
@@ -66,13 +76,14 @@ def hub_teacher(config: ModularT5Config) -> tuple[str, str]:
     return named, revision
 
 
-def is_teacher(model: Any) -> bool:
-    """Whether a model is a stock T5 with a head."""
-    return isinstance(model, tuple(_TEACHERS.values())) and getattr(model.config, "model_type", None) in _TEACHERS
+def check_is_teacher(model: Any) -> None:
+    """A `ValueError` if a model is not a stock T5 with a head."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if not isinstance(model, tuple(_TEACHERS.values())) or model_type not in _TEACHERS:
+        raise ValueError(_not_a_teacher(type(model).__name__, model_type))
 
 
-def not_a_teacher(name: str, model_type: str | None) -> str:
-    """Why a model of this type cannot be one."""
+def _not_a_teacher(name: str, model_type: str | None) -> str:
     reasons = {
         "umt5": "UMT5 has a relative position bias in every layer, which a module for several layers cannot stand in for",
         "modular_t5": "it is a bank already; load it with from_pretrained",
@@ -141,6 +152,8 @@ class SavedBank:
         if teacher is not None and not self.config.modules_only:
             raise ValueError(f"{source} holds its own teacher; leave teacher= out, or build a bank by from_t5")
         self._told_tied = fields.get("tie_word_embeddings", True) is not False  # which every T5's configuration forgets
+        # Names that the files may, but need not, have the embeddings under, beside their own.
+        self._of_embeddings = {*EMBEDDINGS, *([HEAD] if self._told_tied else [])} - {SHARED}
         self.stored = StoredTensors(source, variant=variant, folder=folder, **self.hub_arguments)
         self._teacher = teacher
         if strict:
@@ -181,8 +194,7 @@ class SavedBank:
         """
         given = self._teacher
         if isinstance(given, nn.Module):
-            if not is_teacher(given):
-                raise ValueError(not_a_teacher(type(given).__name__, getattr(getattr(given, "config", None), "model_type", None)))
+            check_is_teacher(given)
             tensors = {name: tensor.detach() for name, tensor in teacher_tensors(given).items()}
         else:
             arguments = {name: value for name, value in self.hub_arguments.items() if name not in ("revision", "subfolder")}
@@ -191,7 +203,7 @@ class SavedBank:
                 arguments |= {"revision": revision} if revision else {}
             stored = StoredTensors(given, **arguments)
             names = {name for name in tensor_names(self.one_layer, self.config) if not is_bank_tensor(name)}
-            wanted = names - {*EMBEDDINGS, *([HEAD] if self._told_tied else [])} | {SHARED}
+            wanted = names - self._of_embeddings
             if missing := wanted - set(stored):
                 raise ValueError(f"{given} is no teacher of these modules: it lacks {len(missing)} tensors, such as {min(missing)}")
             stored.check({name: self.one_layer[shaped_like(name)] for name in wanted})
@@ -209,12 +221,8 @@ class SavedBank:
     @property
     def generation_config(self) -> GenerationConfig:
         """The bank's own, or if it was saved without, what its configuration implies."""
-        if cached_file(self.source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **self.hub_arguments):
-            try:
-                return GenerationConfig.from_pretrained(self.source, **self.hub_arguments)
-            except (TypeError, AttributeError, RecursionError) as error:
-                raise ValueError(f"the {GENERATION_CONFIG_NAME} of {self.source} is not as it must be: {error}") from error
-        return GenerationConfig.from_model_config(self.config)
+        saved = saved_generation_config(self.source, **self.hub_arguments)
+        return GenerationConfig.from_model_config(self.config) if saved is None else saved
 
     def check(self, names: Iterable[str] | None = None) -> None:
         """Fetch the shards of these tensors (by default of all) and compare shapes with the configuration's; read no tensor."""
@@ -273,9 +281,7 @@ class SavedBank:
         every = tensor_names(self.one_layer, self.config)
         found = set(self.stored)
         if not self.config.modules_only:
-            # Those of one tensor may be there under each of its names.
-            implied = {*EMBEDDINGS, *([HEAD] if self._told_tied else [])}
-            missing, extra = set(every) - found - implied | {SHARED} - found, found - set(every)
+            missing, extra = set(every) - found - self._of_embeddings, found - set(every)
         elif not self.config.lora:
             wanted = set(filter(is_bank_tensor, every))
             missing, extra = wanted - found, found - wanted

@@ -100,28 +100,21 @@ def bank_card(
     except ValueError:
         teacher_id, teacher = None, "a fine-tuned T5 that is not on the Hub"
     not_measured = [] if training else ["How the bank was trained was not recorded."]
-    data = ModelCardData(
+    return _rendered(
+        "bank.md.jinja",
+        repo_id,
+        told,
+        measured,
+        points,
         base_model=teacher_id,
-        base_model_relation="finetune" if teacher_id else None,
-        **_common(repo_id, measured, points, told),
-    )
-    return ModelCard.from_template(
-        data,
-        template_path=str(_TEMPLATES / "bank.md.jinja"),
-        name=repo_id.split("/")[-1],
-        repo_id=repo_id,
         teacher=teacher,
         sizes=points,
         ratio=f"{min(2, shape.largest_ratio):g}",
         table=table,
-        results=measured,
-        legend=measured and measured.legend,
-        picture=told.picture,
         files=shard_table(config, modules_only),
         modules_only=modules_only,
         sha256=(config.teacher or {}).get("sha256"),
         training=training and {**training, "software": _software(training)},
-        example=_quoted(told.example),
         not_measured=[*_not_measured(measured, told), *not_measured],
     )
 
@@ -144,26 +137,19 @@ def assembled_card(model: T5ForConditionalGeneration, repo_id: str, **details: A
         measured = None
     on_hub = origin["revision"] is not None
     url = f"https://huggingface.co/{origin['bank']}/tree/{origin['revision']}"
-    data = ModelCardData(
+    return _rendered(
+        "assembled.md.jinja",
+        repo_id,
+        told,
+        measured,
+        points,
         base_model=origin["bank"] if on_hub else None,
-        base_model_relation="finetune" if on_hub else None,
-        **_common(repo_id, measured, points, told),
-    )
-    return ModelCard.from_template(
-        data,
-        template_path=str(_TEMPLATES / "assembled.md.jinja"),
-        name=repo_id.split("/")[-1],
-        repo_id=repo_id,
         plan=origin["plan"],
         depths=AssemblyPlan.parse(origin["plan"]).depths,
         parameters=f"{model.num_parameters():,}",
         bank=f"the module bank [{origin['bank']}]({url})" if on_hub else "a module bank that is not on the Hub",
         revision=f"`{origin['revision']}`" if on_hub else "none",
         table=measured and measured.frontier.table([measured.frontier.teacher, *points]),
-        picture=told.picture,
-        results=measured,
-        legend=measured and measured.legend,
-        example=_quoted(told.example),
         not_measured=_not_measured(measured, told),
     )
 
@@ -240,8 +226,18 @@ class _Measured:
         return "; ".join(part for part in [*parts, kept] if part) + "."
 
 
-def _common(repo_id: str, measured: _Measured | None, points: Sequence[FrontierPoint], told: CardDetails) -> dict[str, Any]:
-    """Metadata that both kinds of card have. The model index needs a name for what was measured on."""
+def _rendered(
+    template: str,
+    repo_id: str,
+    told: CardDetails,
+    measured: _Measured | None,
+    points: Sequence[FrontierPoint],
+    *,
+    base_model: str | None,
+    **texts: Any,
+) -> ModelCard:
+    """A card of either kind, with the metadata and texts that both have. The model index needs a name for what was measured on."""
+    name = repo_id.split("/")[-1]
     evaluations = [
         EvalResult(
             task_type=told.pipeline_tag,
@@ -255,17 +251,30 @@ def _common(repo_id: str, measured: _Measured | None, points: Sequence[FrontierP
         for metric, score in point.scores.items()
         if measured and told.measured_on
     ]
-    return {
-        "language": told.language if isinstance(told.language, str | None) else list(told.language),
-        "license": told.license,
-        "library_name": "transformers",
-        "pipeline_tag": told.pipeline_tag,
-        "datasets": list(told.datasets) or None,
-        "metrics": [_identifier(metric) for metric in measured.frontier.teacher.scores] if measured else None,
-        "tags": [*_TAGS, *told.tags],
-        "model_name": repo_id.split("/")[-1] if evaluations else None,
-        "eval_results": evaluations or None,
-    }
+    data = ModelCardData(
+        base_model=base_model,
+        base_model_relation="finetune" if base_model else None,
+        language=told.language if isinstance(told.language, str | None) else list(told.language),
+        license=told.license,
+        library_name="transformers",
+        pipeline_tag=told.pipeline_tag,
+        datasets=list(told.datasets) or None,
+        metrics=[_identifier(metric) for metric in measured.frontier.teacher.scores] if measured else None,
+        tags=[*_TAGS, *told.tags],
+        model_name=name if evaluations else None,
+        eval_results=evaluations or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATES / template),
+        name=name,
+        repo_id=repo_id,
+        results=measured,
+        legend=measured and measured.legend,
+        picture=told.picture,
+        example=_quoted(told.example),
+        **texts,
+    )
 
 
 def _not_measured(measured: _Measured | None, told: CardDetails) -> list[str]:

@@ -28,13 +28,12 @@ from .layout_modular_t5 import (
     bank_shape,
     initial_name,
     is_bank_tensor,
-    one_layer_of,
     own_part_of,
     parameter_map,
     running_own_parts,
     tensor_names,
 )
-from .loading_modular_t5 import SavedBank, dtype_of, hub_teacher, is_teacher, load_teacher, not_a_teacher, on_hub, teacher_tensors
+from .loading_modular_t5 import SavedBank, check_is_teacher, dtype_of, hub_teacher, load_teacher, on_hub, teacher_tensors
 from .storage_modular_t5 import HUB_ARGUMENTS, card_of, fingerprint, staged_folder, upload, write_shards
 
 
@@ -146,8 +145,7 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         if isinstance(teacher, nn.Module):
             if kwargs:
                 raise ValueError(f"{sorted(kwargs)} apply where a teacher is loaded; a model was given, so set them on it")
-            if not is_teacher(teacher):
-                raise ValueError(not_a_teacher(type(teacher).__name__, getattr(getattr(teacher, "config", None), "model_type", None)))
+            check_is_teacher(teacher)
         else:
             if "output_loading_info" in kwargs:
                 raise ValueError("from_t5 returns a bank alone; load the teacher yourself for its output_loading_info")
@@ -165,7 +163,7 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
             if originals != layers:
                 raise ValueError(f"the teacher's {side} has {originals} layers, its configuration says {layers}; let them agree")
         sources: dict[str, torch.Tensor] = dict(teacher.named_parameters(remove_duplicate=False))
-        for name in filter(is_bank_tensor, tensor_names(one_layer_of(sources), config)):
+        for name in filter(is_bank_tensor, tensor_names(one_layer_of(teacher), config)):
             # A tensor object of its own: the module is a copy of the layer, not tied to it.
             sources[name] = sources[initial_name(name, config)].detach()
         return _built(cls, _run_like(teacher, config), sources, teacher.generation_config)
@@ -302,10 +300,8 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         self.origin = {"bank": str(save_directory), "revision": None}
         if push_to_hub:
             repo_id = hub_arguments.pop("repo_id", os.path.basename(directory))
-            saving = {"max_shard_size": max_shard_size, "modules_only": modules_only}
-            if state_dict is not None or variant is not None:
-                saving |= {"state_dict": state_dict, "variant": variant}
-            self.push_to_hub(repo_id, **saving, **hub_arguments)
+            saving = {"max_shard_size": max_shard_size, "state_dict": state_dict, "variant": variant}
+            self.push_to_hub(repo_id, modules_only=modules_only, **saving, **hub_arguments)
 
     def push_to_hub(
         self,
@@ -333,7 +329,7 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         modules_only = modules_only or bool(self.config.lora)
         if modules_only:
             self.check_teacher_is_on_hub()
-        repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id  # with its namespace
         card, origin = card_of(repo_id, revision, token), self.origin
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, modules_only=modules_only, **saving)
@@ -456,18 +452,8 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
     @property
     def shape(self) -> BankShape:
         """The counts that choosing a plan works with, read off the parameters."""
-        sizes = {id(parameter): (name, parameter.numel()) for name, parameter in reversed(self._one_layer().items())}  # tied ones once
+        sizes = {id(parameter): (name, parameter.numel()) for name, parameter in reversed(one_layer_of(self).items())}  # tied ones once
         return bank_shape(dict(sizes.values()), self.config, self.dtype.itemsize)
-
-    def _one_layer(self) -> dict[str, nn.Parameter]:
-        """The parameters that a T5 with one layer a side would have, the embeddings first. Without a walk over all of the bank."""
-        parts: dict[str, nn.Module] = {"shared": self.shared}
-        for side in SIDES:
-            stack = getattr(self, side)
-            parts |= {f"{side}.embed_tokens": stack.embed_tokens, f"{side}.final_layer_norm": stack.final_layer_norm}
-            parts[f"{side}.block.0"] = stack.block[0]
-        parts["lm_head"] = self.lm_head
-        return {f"{part}.{name}": parameter for part, module in parts.items() for name, parameter in module.named_parameters()}
 
     @property
     def plan(self) -> AssemblyPlan:
@@ -521,7 +507,7 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
 
     def parameter_map(self, plan: PlanLike) -> dict[str, str]:
         """`{parameter name in the assembled T5: parameter name in the bank}`: assembling is renaming."""
-        return parameter_map(self._one_layer(), self.choose_plan(plan), self.config)
+        return parameter_map(one_layer_of(self), self.choose_plan(plan), self.config)
 
     def assemble(self, strategy: PlanLike, ratio: float | None = None, *, share_weights: bool = False) -> T5ForConditionalGeneration:
         """A stock T5 of the size asked for, in evaluation mode, without further training.
@@ -545,6 +531,17 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         bank |= {f"{path}.weight": merged for path, merged in self._merged_adapters().items()}
         sources = {name: bank[bank_name] for name, bank_name in self.parameter_map(plan).items()}
         return _built(T5ForConditionalGeneration, config, sources, self.generation_config, share_weights=share_weights)
+
+
+def one_layer_of(model: T5ForConditionalGeneration | MT5ForConditionalGeneration) -> dict[str, nn.Parameter]:
+    """The parameters of a teacher or bank that a T5 with one layer a side would have, the embeddings first. Without a walk over all."""
+    parts: dict[str, nn.Module] = {"shared": model.shared}
+    for side in SIDES:
+        stack = getattr(model, side)
+        parts |= {f"{side}.embed_tokens": stack.embed_tokens, f"{side}.final_layer_norm": stack.final_layer_norm}
+        parts[f"{side}.block.0"] = stack.block[0]
+    parts["lm_head"] = model.lm_head
+    return {f"{part}.{name}": parameter for part, module in parts.items() for name, parameter in module.named_parameters()}
 
 
 def _module_bank(stack: T5Stack, granularities: Sequence[int]) -> nn.ModuleDict:

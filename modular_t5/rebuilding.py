@@ -4,10 +4,11 @@ import os
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+from transformers import T5Config, T5ForConditionalGeneration
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from .layout_modular_t5 import EMBEDDINGS, HEAD, SHARED
+from .loading_modular_t5 import saved_generation_config
 from .model_card import origin_of
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .storage_modular_t5 import StoredTensors
@@ -68,16 +69,14 @@ def rebuild(
         saved = stored[name]
         if not torch.equal(expected[name].to(saved.dtype), saved):
             differences.append(name)
-    fields = {name: value for name, value in config.to_dict().items() if name not in _ASIDE}
-    own = {name: value for name, value in model.config.to_dict().items() if name not in _ASIDE}
-    differences += [f"config.json: {name}" for name in sorted(fields.keys() | own.keys()) if fields.get(name) != own.get(name)]
-    generation = _generation_config(directory_or_repo, model, hub_arguments).to_diff_dict()
-    own = model.generation_config.to_diff_dict()
-    changed = {name for name in generation.keys() | own.keys() if generation.get(name) != own.get(name)} - _ASIDE
-    differences += [f"{GENERATION_CONFIG_NAME}: {name}" for name in sorted(changed)]
+    differences += [f"{CONFIG_NAME}: {name}" for name in _differing(config.to_dict(), model.config.to_dict())]
+    generation = saved_generation_config(directory_or_repo, **hub_arguments)
+    if generation is not None:
+        changed = _differing(generation.to_diff_dict(), model.generation_config.to_diff_dict())
+        differences += [f"{GENERATION_CONFIG_NAME}: {name}" for name in changed]
     return Rebuilt(model, origin, differences)
 
 
-def _generation_config(source: str | os.PathLike, model: T5ForConditionalGeneration, hub_arguments: dict[str, Any]) -> GenerationConfig:
-    there = cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments)
-    return GenerationConfig.from_pretrained(source, **hub_arguments) if there else model.generation_config
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The names under which two configurations say different things."""
+    return sorted(name for name in (one.keys() | other.keys()) - _ASIDE if one.get(name) != other.get(name))

@@ -340,19 +340,17 @@ def upload(
     folder: str | os.PathLike,
     repo_id: str,
     *,
-    private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str = "Upload model",
     commit_description: str | None = None,
 ) -> CommitInfo:
-    """Upload the files of a folder, making the repository and the branch if need be. Weights of earlier uploads make way.
+    """Upload the files of a folder to a repository, making the branch if need be. Weights of earlier uploads make way.
 
     The arguments are those of `PreTrainedModel.push_to_hub`.
     """
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     written = os.listdir(folder)
