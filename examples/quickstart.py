@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import sacrebleu
 import torch
 import transformers
 import written_numbers
@@ -58,6 +57,7 @@ from modular_t5.frontier import (
     plot_curves,
     standard_sizes,
 )
+from modular_t5.pairs import Pairs, scores_of, signatures
 
 
 NEXT = """
@@ -78,8 +78,6 @@ and in a shell:
     modular-t5 rebuild {out}/assembled
     modular-t5 push {out}/bank {name}
 """
-
-BLEU, CHRF = sacrebleu.BLEU(), sacrebleu.CHRF()
 
 
 @dataclass
@@ -134,7 +132,7 @@ def main() -> None:
 
     say("Reading the data" if args.teacher else "Making the built-in task: amounts and dates in words, English to German")
     splits = load_splits(args)
-    sources, targets = texts_of(splits["test"].select(range(min(args.max_test_examples, len(splits["test"])))), args)
+    sources, targets = pairs_of(splits["test"], args).head(args.max_test_examples)
     for source, target in zip(sources[:3], targets[:3], strict=True):
         print(f"    {source}  ->  {target}")
 
@@ -182,7 +180,7 @@ def main() -> None:
         test_examples=len(sources),
         decoding="greedy",
         speed=f"greedy, batch {len(batch.input_ids)}, 16 new tokens each, median of 5 interleaved rounds",
-        metrics={"exact match": "% of equal strings", "chrF": str(CHRF.get_signature()), "BLEU": str(BLEU.get_signature())},
+        metrics=signatures(),
     )
     told = {
         "results": out / "bank" / RESULTS_FILE,
@@ -215,23 +213,12 @@ def load_splits(args: QuickstartArguments) -> Mapping[str, Dataset]:
     return {name: Dataset.from_list(examples) for name, examples in made.items()}
 
 
-def texts_of(split: Dataset, args: QuickstartArguments) -> tuple[list[str], list[str]]:
-    """Sources, with the prefix, and targets."""
-    translations = split["translation"]
-    return [args.source_prefix + t[args.source_lang] for t in translations], [t[args.target_lang] for t in translations]
+def pairs_of(split: Dataset, args: QuickstartArguments) -> Pairs:
+    return Pairs.of(split, args.source_lang, args.target_lang, prefix=args.source_prefix)
 
 
 def tokenized(split: Dataset, tokenizer: PreTrainedTokenizerBase, args: QuickstartArguments) -> Dataset:
-    """The split as the trainers take it, with the lengths that they group batches by."""
-
-    def tokenize(examples: dict[str, list]) -> dict[str, list]:
-        sources = [args.source_prefix + t[args.source_lang] for t in examples["translation"]]
-        features = tokenizer(sources, max_length=args.max_source_length, truncation=True)
-        targets = [t[args.target_lang] for t in examples["translation"]]
-        labels = tokenizer(text_target=targets, max_length=args.max_target_length, truncation=True).input_ids
-        return {"input_ids": features.input_ids, "labels": labels, "length": [len(ids) for ids in labels]}
-
-    return split.map(tokenize, batched=True, remove_columns=split.column_names, desc="Tokenizing")
+    return pairs_of(split, args).tokenized(tokenizer, args.max_source_length, args.max_target_length)
 
 
 def training_arguments(args: QuickstartArguments, steps: int) -> dict[str, Any]:
@@ -259,7 +246,7 @@ def load_teacher(args: QuickstartArguments) -> tuple[PreTrainedModel, PreTrained
 
 def train_teacher(train_split: Dataset, args: QuickstartArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A tokenizer and a T5 for the built-in task, from nothing."""
-    english, german = texts_of(train_split.select(range(4000)), args)
+    english, german = pairs_of(train_split, args).head(4000)
     tokenizer = written_numbers.train_tokenizer(english + german)
     teacher = T5ForConditionalGeneration(written_numbers.teacher_config(len(tokenizer)))
     # Scaled by each matrix's own size: T5's embeddings start some ten times larger than its layers.
@@ -326,12 +313,7 @@ def evaluate(
             max_source_length=args.max_source_length,
             description=f"Evaluating {name}",
         )
-    equal = sum(text == target for text, target in zip(texts, targets, strict=True))
-    return {
-        "exact match": 100 * equal / len(targets),
-        "chrF": CHRF.corpus_score(texts, [targets]).score,
-        "BLEU": BLEU.corpus_score(texts, [targets]).score,
-    }
+    return scores_of(texts, targets)
 
 
 def say(text: str) -> None:

@@ -1,13 +1,14 @@
 """`modular-t5`: banks from the command line. Every command is a call into the package."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import transformers
 from huggingface_hub import HfApi
@@ -16,6 +17,8 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 from transformers.utils import CONFIG_NAME
 
 from .assembly_modular_t5 import SIDES, STRATEGIES, PlanReport, canonical_tilings, resolve_plan
+from .comparison import Comparison, ComparisonArguments
+from .comparison_results import table
 from .configuration_modular_t5 import ModularT5Config
 from .frontier import standard_sizes
 from .layout_modular_t5 import parameter_map
@@ -25,6 +28,8 @@ from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .rebuilding import rebuild
 from .storage_modular_t5 import upload
 
+
+_COMPARISON_FIELDS = {field.name: field for field in dataclasses.fields(ComparisonArguments)}
 
 # What may be part of a model's repository; whatever else lies in a folder stays there.
 _PUBLISHED = {".safetensors", ".json", ".md", ".py", ".png", ".model", ".jinja"}
@@ -149,6 +154,21 @@ def push(args: argparse.Namespace) -> Outcome:
     return {"repo_id": args.repo_id, "commit": commit.oid, "url": commit.commit_url}, f"{args.repo_id} at {commit.oid}", 0
 
 
+def compare(args: argparse.Namespace) -> Outcome:
+    """Train a bank and every size by itself, from one teacher, and compare; what is done already is not done again."""
+    given = {name: value for name, value in vars(args).items() if name in _COMPARISON_FIELDS}
+    if args.arguments is not None:
+        given = {**json.loads(Path(args.arguments).read_text(encoding="utf-8")), **given}
+    if unknown := sorted(set(given) - set(_COMPARISON_FIELDS)):
+        raise ValueError(f"{args.arguments} has {unknown[0]!r}, which is no argument; they are {', '.join(_COMPARISON_FIELDS)}")
+    needed = {name for name, field in _COMPARISON_FIELDS.items() if field.default is field.default_factory is dataclasses.MISSING}
+    if missing := sorted(needed - set(given)):
+        raise ValueError(f"--{missing[0].replace('_', '-')} is missing, on the command line and in a file of arguments")
+    comparison = Comparison(ComparisonArguments(**given))
+    results = comparison.run()
+    return results, table(results), 0
+
+
 def _is_bank(folder: Path) -> bool:
     return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type") == ModularT5Config.model_type
 
@@ -185,7 +205,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         added.set_defaults(run=run)
         added.add_argument("--json", action="store_true", help="print JSON")
-        added.add_argument("--revision", help="branch, tag or commit on the Hub")
+        if run is not compare:
+            added.add_argument("--revision", help="branch, tag or commit on the Hub")
         return added
 
     def add_size(parser: argparse.ArgumentParser, optional: bool) -> None:
@@ -218,6 +239,14 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--pipeline-tag", help="for the card, such as translation")
     for name in ("language", "dataset", "tag"):
         added.add_argument(f"--{name}", action="append", help="for the card; may be given more than once")
+    added = command("compare", compare, "arguments.json --seeds 0 1 2 --output-dir out/compare")
+    added.add_argument("arguments", nargs="?", help="JSON with any of the options below, by name; what is given here too, counts")
+    for name, field in _COMPARISON_FIELDS.items():
+        of_one = (get_args(field.type) or (field.type,))[0]  # X of X | None and of list[X]
+        takes = {"action": "store_true"} if of_one is bool else {"type": json.loads if name == "method_arguments" else of_one}
+        if get_origin(of_one) is list or get_origin(field.type) is list:
+            takes = {"nargs": "+", "type": (get_args(of_one) or (of_one,))[0]}
+        added.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=field.metadata["help"], **takes)
     return parser
 
 

@@ -275,7 +275,7 @@ class Frontier:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        figure, axes = _picture("Frontier.plot")
+        figure, axes = picture("Frontier.plot")
         sizes = self.points[1:]
         for strategy, colour in zip(dict.fromkeys(point.name.split()[0] for point in sizes), ("C0", "C1", "C2", "C4"), strict=False):
             line = [self.teacher, *(point for point in sizes if point.name.split()[0] == strategy)]
@@ -319,7 +319,7 @@ def plot_curves(
         ValueError: nothing of it was logged.
         ImportError: matplotlib is not installed.
     """
-    figure, axes = _picture("plot_curves")
+    figure, axes = picture("plot_curves")
     # matplotlib has ten colours; from the eleventh line on, the marks are others.
     for index, (name, label) in enumerate(names.items()):
         logged = [(entry["step"], entry[name]) for entry in log_history if name in entry]
@@ -334,7 +334,12 @@ def plot_curves(
     figure.savefig(path)
 
 
-def _picture(of: str) -> tuple[Any, Any]:
+def picture(of: str) -> tuple[Any, Any]:
+    """A matplotlib figure and its axes, of the size of a card.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message says that `of` needs it.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -20,7 +20,48 @@ def _choices(table: Mapping[str, Any]) -> str:
 
 
 @dataclass
-class ModularTrainingArguments(Seq2SeqTrainingArguments):
+class DistillationArguments(Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` and the weights of what is learned from labels and a teacher.
+
+    Raises:
+        ValueError: a dial out of its range, one that would do nothing, or weights that leave nothing to learn from.
+    """
+
+    task_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy with the labels."})
+    logit_weight: float = field(default=1.0, metadata={"help": "Weight of the KL divergence from the teacher's predictions."})
+    hidden_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the relative squared error of the hidden state at the end of every module."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL divergence; above 0."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights = {name: getattr(self, name) for name in LOSS_WEIGHTS if hasattr(self, name)}
+        for name, value in {**weights, "temperature": self.temperature}.items():
+            check_finite(name, value)
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be a number above 0, got {self.temperature!r}")
+        for name, weight in weights.items():
+            if weight < 0:
+                raise ValueError(f"{name} must be a number of at least 0, got {weight!r}")
+        if not any(weights.values()):
+            raise ValueError(f"at least one of {', '.join(weights)} must be above 0")
+        if self.temperature != 1 and not self.logit_weight:
+            raise ValueError(f"temperature={self.temperature!r} does nothing without the loss that it belongs to; set logit_weight above 0")
+        if self.label_smoothing_factor and not self.task_weight:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor!r} trains nothing without the task's loss; set task_weight above 0"
+            )
+
+
+def check_finite(name: str, value: Any) -> None:
+    """A `ValueError` unless a dial is a finite number."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
+@dataclass
+class ModularTrainingArguments(DistillationArguments):
     """`Seq2SeqTrainingArguments` and the dials of replacing and distillation.
 
     Raises:
@@ -40,11 +81,6 @@ class ModularTrainingArguments(Seq2SeqTrainingArguments):
     curriculum: str = field(
         default="coarse-to-fine", metadata={"help": f"How the odds of the granularities move during training. {_choices(CURRICULA)}"}
     )
-    task_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy with the labels."})
-    logit_weight: float = field(default=1.0, metadata={"help": "Weight of the KL divergence from the teacher's predictions."})
-    hidden_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the relative squared error of the hidden state at the end of every module."}
-    )
     attention_weight: float = field(
         default=0.0,
         metadata={
@@ -52,7 +88,6 @@ class ModularTrainingArguments(Seq2SeqTrainingArguments):
             "and in the modules without dropout of its own."
         },
     )
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL divergence; above 0."})
     train_final_norms: bool = field(
         default=False, metadata={"help": "Train a copy of each side's final norm, used where the side has modules."}
     )
@@ -76,32 +111,16 @@ class ModularTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 f"replacing_rate_end={self.replacing_rate_end!r} does nothing while replacing_rate_schedule is constant; set it to linear"
             )
-        for name in ("replacing_rate", "replacing_rate_end", "temperature", *LOSS_WEIGHTS):
-            value = getattr(self, name)
-            if name == "replacing_rate_end" and value is None:
-                continue
-            if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value!r}")
         for name in ("replacing_rate", "replacing_rate_end"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
+            if name == "replacing_rate_end" and self.replacing_rate_end is None:
+                continue
+            check_finite(name, getattr(self, name))
+            if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)!r}")
         if self.curriculum not in CURRICULA:
             raise ValueError(
                 f"unknown curriculum {self.curriculum!r}; choose one of {', '.join(CURRICULA)}, or pass a function of your own as "
                 "ModularTrainer(..., curriculum=function)"
-            )
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be a number above 0, got {self.temperature!r}")
-        for name in LOSS_WEIGHTS:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
-        if not any(getattr(self, name) for name in LOSS_WEIGHTS):
-            raise ValueError(f"at least one of {', '.join(LOSS_WEIGHTS)} must be above 0")
-        if self.temperature != 1 and not self.logit_weight:
-            raise ValueError(f"temperature={self.temperature!r} does nothing without the loss that it belongs to; set logit_weight above 0")
-        if self.label_smoothing_factor and not self.task_weight:
-            raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor!r} trains nothing without the task's loss; set task_weight above 0"
             )
         if self.train_head and not self.task_weight and not self.logit_weight:
             raise ValueError("train_head does nothing without a loss of the predictions; set task_weight or logit_weight above 0")

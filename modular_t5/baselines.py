@@ -1,0 +1,128 @@
+"""Training one size by itself, in the ways of the field: what a bank is compared with. Stock T5s throughout."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Seq2SeqTrainer, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5Attention, T5LayerFF
+
+from .assembly_modular_t5 import SIDES, AssemblyPlan
+from .distillation import hidden_state_loss, logit_loss, task_loss
+from .training_args import DistillationArguments
+
+
+class DistillationTrainer(Seq2SeqTrainer):
+    """Trains a stock T5, all of it, from labels and, if there is one, from a deeper T5.
+
+    The loss is the weighted sum of the task's cross-entropy, of the KL divergence from the teacher's predictions, and of the error of
+    the hidden state after every block, compared with the teacher's where the block's span ends; at the top of a stack after its final norm.
+    The terms are those of `ModularTrainer`. Without teacher, the first alone: fine-tuning.
+
+    Sources: Sanh et al., "DistilBERT", arXiv 1910.01108; Shleifer, Rush, "Pre-trained Summarization Distillation", arXiv 2010.13002, who
+    find hidden states of an encoder-decoder to help where the student's layers are the teacher's.
+
+    Args:
+        teacher: run without dropout and gradients; not changed.
+        plan: which layers of the teacher each block of the model stands for.
+    """
+
+    def __init__(
+        self,
+        model: T5ForConditionalGeneration,
+        args: DistillationArguments,
+        *,
+        teacher: T5ForConditionalGeneration | None = None,
+        plan: AssemblyPlan | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(model, args, **kwargs)
+        if teacher is not None and plan is None:
+            raise ValueError("a teacher's hidden states are compared where the plan says; pass it")
+        self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
+        self.plan = plan
+        # Every loss here is a mean over the tokens of a batch; the Trainer is to average over batches.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+    ) -> Any:
+        """The weighted sum in training; in evaluation the cross-entropy, without label smoothing."""
+        args, labels = self.args, inputs["labels"]
+        if not model.training:
+            outputs = model(**inputs)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+        distils = self.teacher is not None
+        passed = {name: value for name, value in inputs.items() if name != "labels"}
+        passed.setdefault("decoder_input_ids", self.model.prepare_decoder_input_ids_from_labels(labels))
+        passed |= {"use_cache": False, "output_hidden_states": distils and args.hidden_weight > 0}
+        outputs = model(**passed)
+        loss = args.task_weight * task_loss(outputs.logits, labels, args.label_smoothing_factor)
+        if distils:
+            with torch.no_grad():
+                taught = self.teacher(**passed)
+            target_mask = labels != -100
+            loss = loss + args.logit_weight * logit_loss(outputs.logits, taught.logits, target_mask, args.temperature)
+            if args.hidden_weight:
+                masks = {"encoder": inputs["attention_mask"].bool(), "decoder": target_mask}
+                terms = [
+                    hidden_state_loss(ours[number + 1], its[start + span], masks[side])
+                    for side in SIDES
+                    for ours, its in [(outputs[f"{side}_hidden_states"], taught[f"{side}_hidden_states"])]
+                    for number, (start, span) in enumerate(self.plan.blocks(side))
+                ]
+                loss = loss + args.hidden_weight * sum(terms) / len(terms)
+        return (loss, outputs) if return_outputs else loss
+
+
+class LayerDropTrainer(Seq2SeqTrainer):
+    """Fine-tunes a stock T5 while every block but each side's first is left out of a step with probability `drop_rate`.
+
+    The first holds the position bias of all. Afterwards any blocks may be left out: train once, many depths.
+
+    Source: Fan, Grave, Joulin, "Reducing Transformer Depth on Demand with Structured Dropout", ICLR 2020, arXiv 1909.11556.
+    """
+
+    def __init__(self, *args: Any, drop_rate: float, **kwargs: Any):
+        if not 0 < drop_rate < 1:
+            raise ValueError(f"drop_rate must lie between 0 and 1, got {drop_rate!r}")
+        super().__init__(*args, **kwargs)
+        self.drop_rate = drop_rate
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        draw = random.Random(f"{self.args.seed}/{self.state.global_step}")
+        with layers_left_out(self.model, {side: lambda: draw.random() < self.drop_rate for side in SIDES}):
+            return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+
+@contextmanager
+def layers_left_out(model: T5ForConditionalGeneration, left_out: Mapping[str, Callable[[], bool]]) -> Iterator[None]:
+    """Within it, the stacks run without the blocks that are drawn, one draw each from the second up. Only without a cache."""
+    stacks = {side: getattr(model, side) for side in SIDES}
+    whole = {side: stack.block for side, stack in stacks.items()}
+    for side, stack in stacks.items():
+        first, *others = whole[side]
+        stack.block = nn.ModuleList([first, *(block for block in others if not left_out[side]())])
+    try:
+        yield
+    finally:
+        for side, stack in stacks.items():
+            stack.block = whole[side]
+
+
+def set_dropout(model: nn.Module, rate: float, inner: float) -> None:
+    """Of every T5 block in a model: of embeddings and residual branches, and `inner` of attention and feed-forward, the costlier ones."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+    for module in model.modules():
+        if isinstance(module, T5Attention):
+            module.dropout = inner
+        elif isinstance(module, T5LayerFF):
+            module.DenseReluDense.dropout.p = inner

@@ -1,0 +1,100 @@
+"""What a comparison found: scores with intervals, who is ahead, the table and the picture."""
+
+import os
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from .frontier import markdown_table, picture
+from .pairs import scores_of, signatures
+from .significance import BleuSamples
+
+
+def scored(rows: Mapping[str, Any], teacher: Mapping[str, list[str]], references: Sequence[str]) -> dict[str, Any]:
+    """Scores in place of texts.
+
+    Args:
+        rows: by method, among others `texts`: by plan, a list with a mapping of decoding -> texts for each seed; and `per_size`.
+        teacher: decoding -> texts.
+
+    Returns:
+        `metrics`, the scores' signatures; `teacher`, its scores by decoding; `rows`, with `scores` by plan and decoding; `ahead`, of every
+        method of one training for all sizes, by plan and decoding: how far it is ahead of the best of those of a training a size.
+    """
+    of_teacher = {decoding: scores_of(texts, references) for decoding, texts in teacher.items()}
+    samples = {
+        (name, plan, decoding): BleuSamples([of[decoding] for of in of_seeds], references)
+        for name, row in rows.items()
+        for plan, of_seeds in row["texts"].items()
+        for decoding in teacher
+    }
+    scored_rows = {}
+    for name, row in rows.items():
+        scores = {
+            plan: {
+                decoding: {
+                    "BLEU": samples[name, plan, decoding].mean,
+                    "BLEU_of_seeds": samples[name, plan, decoding].of_seeds,
+                    "BLEU_interval": samples[name, plan, decoding].interval,
+                    "chrF": mean(scores_of(of[decoding], references)["chrF"] for of in of_seeds),
+                    "kept_percent": 100 * samples[name, plan, decoding].mean / (of_teacher[decoding]["BLEU"] or float("nan")),
+                }
+                for decoding in teacher
+            }
+            for plan, of_seeds in row["texts"].items()
+        }
+        scored_rows[name] = {**{key: value for key, value in row.items() if key != "texts"}, "scores": scores}
+    ahead: dict[str, Any] = {}
+    for (name, plan, decoding), ours in samples.items():
+        rivals = [other for other, row in rows.items() if row["per_size"] and (other, plan, decoding) in samples]
+        if rows[name]["per_size"] or not rivals:
+            continue
+        best = max(rivals, key=lambda other: samples[other, plan, decoding].mean)
+        by, interval = ours.ahead_of(samples[best, plan, decoding])
+        ahead.setdefault(name, {}).setdefault(plan, {})[decoding] = {"of": best, "BLEU": by, "interval": interval}
+    return {"metrics": signatures(), "teacher": of_teacher, "rows": scored_rows, "ahead": ahead}
+
+
+def table(results: Mapping[str, Any], decoding: str = "greedy") -> str:
+    """BLEU of every method at every size, and in brackets per cent of the teacher's; steps and time of all sizes together."""
+    plans = [plan for plan in results["costs"] if any(plan in row["scores"] for row in results["rows"].values())]
+    header = ["method", *(f"{'-'.join(map(str, results['costs'][plan]['depths']))}" for plan in plans), "runs", "steps", "minutes"]
+    rows = [
+        [
+            name,
+            *(
+                f"{row['scores'][plan][decoding]['BLEU']:.2f} ({row['scores'][plan][decoding]['kept_percent']:.1f} %)"
+                if plan in row["scores"]
+                else ""
+                for plan in plans
+            ),
+            str(row["runs"] if row["steps"] else 0),
+            f"{row['steps']:,.0f}",
+            f"{row['seconds'] / 60:.1f}",
+        ]
+        for name, row in results["rows"].items()
+    ]
+    return markdown_table(header, rows)
+
+
+def plot(results: Mapping[str, Any], path: str | os.PathLike, decoding: str = "greedy", title: str = "") -> None:
+    """BLEU against parameters, a line a method; bars are 95 % intervals of the bootstrap over test sentences.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = picture("comparison_results.plot")
+    teacher = results["teacher"][decoding]["BLEU"]
+    for number, (name, row) in enumerate(results["rows"].items()):
+        points = sorted((results["costs"][plan]["parameters"], of[decoding]) for plan, of in row["scores"].items())
+        sizes, values = [size / 1e6 for size, _ in points], [score["BLEU"] for _, score in points]
+        bars = [[abs(score["BLEU"] - score["BLEU_interval"][end]) for _, score in points] for end in (0, 1)]
+        style = {"linewidth": 1.2} if row["per_size"] else {"linewidth": 2.2}
+        axes.errorbar(sizes, values, yerr=bars, fmt="o-", markersize=4, capsize=2, color=f"C{number % 10}", label=name, **style)
+    axes.axhline(teacher, color="black", linestyle=":", label="teacher")
+    axes.set_xlabel("parameters, millions")
+    axes.set_ylabel(f"BLEU, {decoding}")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize=8, loc="outside right upper")
+    figure.savefig(path)
