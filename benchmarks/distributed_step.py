@@ -27,7 +27,7 @@ from modular_t5.frontier import environment, markdown_table
 
 
 class SendingEverything(ModularTrainer):
-    def _watch_running(self, model: Any, plan: Any) -> None:
+    def _watch_running(self, model: Any, plans: Any) -> None:
         pass
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     steppers = {}
     for name, trainer_class in TRAINERS.items():
         arguments = {"output_dir": "out/distributed-step", "report_to": "none", "use_cpu": True, "dataloader_pin_memory": False}
-        arguments |= {"max_steps": WHOLE_TRAINING, "learning_rate": 1e-6, "seed": args.seed}
+        arguments |= {"max_steps": WHOLE_TRAINING, "learning_rate": 1e-6, "seed": args.seed, "plans_per_step": 1, "plan_sampling": "mixed"}
         bank = ModularT5ForConditionalGeneration.from_t5(teacher)
         trainer = trainer_class(model=bank, args=ModularTrainingArguments(**arguments))
         trainer.state.max_steps = WHOLE_TRAINING

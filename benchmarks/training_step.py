@@ -7,8 +7,9 @@ The distillation: the teacher forward without gradients, a T5 with every second 
 (task, logits, hidden states after every second layer), all of its weights trained. The steps of `ModularTrainer` are spread over a whole
 training, so that its plans are those that a user's training draws. All step in turns on the same batches.
 
-Rows between say what each saving brings: `everything trains` has gradients for all of the bank; `frozen teacher` leaves those of the
-teacher's weights out; `reuse`, which is what the package does, replays the teacher where a plan begins with it too.
+Rows between say what each saving brings to a step with one plan of the paper's kind: `everything trains` has gradients for all of the
+bank; `frozen teacher` leaves those of the teacher's weights out; `reuse` replays the teacher where a plan begins with it too, as the
+package does. The last row is what the package's defaults cost, which run several plans a step.
 
 Memory is what a step allocates at its peak beyond weights, gradients and optimizer state, which are there before it begins: allocations
 of torch's operators on the CPU, `torch.cuda.max_memory_allocated` on a GPU. The floor is the step's floating-point operations at the
@@ -16,6 +17,7 @@ speed of one large matrix product of the model's widths on the same machine.
 """
 
 import argparse
+import copy
 import gc
 import json
 import time
@@ -40,15 +42,15 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 import modular_t5.trainer
-from modular_t5 import ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
-from modular_t5.distillation import hidden_state_loss, logit_loss, task_loss
+from modular_t5 import AssemblyPlan, ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
+from modular_t5.baselines import DistillationTrainer
 from modular_t5.frontier import environment, markdown_table
+from modular_t5.training_args import DistillationArguments
 
 
 SHAPES = {
@@ -129,32 +131,6 @@ class Stepper:
         self.model.zero_grad()
 
 
-class DistillationTrainer(Seq2SeqTrainer):
-    """One model of half the depth, distilled as in any tutorial."""
-
-    def __init__(self, teacher: T5ForConditionalGeneration, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.teacher = teacher
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        labels = inputs.pop("labels")
-        inputs["decoder_input_ids"] = self.teacher.prepare_decoder_input_ids_from_labels(labels)
-        with torch.no_grad(), torch.autocast(labels.device.type, torch.bfloat16, enabled=self.args.bf16):
-            teacher = self.teacher(**inputs, output_hidden_states=True, use_cache=False)
-        student = model(**inputs, output_hidden_states=True, use_cache=False)
-        masks = {"encoder": inputs["attention_mask"].bool(), "decoder": labels != -100}
-        hidden = [
-            hidden_state_loss(state, teacher[f"{side}_hidden_states"][2 * layer], mask)
-            for side, mask in masks.items()
-            for layer, state in enumerate(student[f"{side}_hidden_states"])
-            if layer
-        ]
-        loss = task_loss(student.logits, labels) + logit_loss(student.logits, teacher.logits, masks["decoder"]) + torch.stack(hidden).mean()
-        return (loss, student) if return_outputs else loss
-
-
 @contextmanager
 def without_reuse(bank: ModularT5ForConditionalGeneration, everything_trains: bool) -> Iterator[None]:
     """Every plan from its bottom, and, if asked for, gradients for the teacher's weights too."""
@@ -230,9 +206,11 @@ def measured(shape: str, args: argparse.Namespace) -> dict[str, Any]:
         **{"output_dir": "out/training-step", "report_to": "none", "save_strategy": "no", "bf16": args.bf16, "learning_rate": 1e-6},
         **{"use_cpu": device == "cpu", "dataloader_pin_memory": False, "max_steps": WHOLE_TRAINING, "seed": args.seed},
     }
-    ours = ModularTrainer(model=bank, args=ModularTrainingArguments(**arguments))
-    plain = DistillationTrainer(teacher.to(device).eval(), model=student, args=Seq2SeqTrainingArguments(**arguments))
-    for trainer in (ours, plain):
+    paper = {"plans_per_step": 1, "plan_sampling": "mixed"}
+    ours = ModularTrainer(model=bank, args=ModularTrainingArguments(**arguments, **paper))
+    defaults = ModularTrainer(model=copy.deepcopy(bank), args=ModularTrainingArguments(**arguments))
+    plain = DistillationTrainer(student, DistillationArguments(**arguments), teacher=teacher, plan=AssemblyPlan.from_any(half))
+    for trainer in (ours, defaults, plain):
         trainer.state.max_steps = WHOLE_TRAINING
         trainer.create_optimizer()
         for parameter in trainer.model.parameters():  # the optimizer's state, all of it
@@ -244,6 +222,7 @@ def measured(shape: str, args: argparse.Namespace) -> dict[str, Any]:
         Stepper("everything trains", ours, lambda: without_reuse(bank, True)),
         Stepper("frozen teacher", ours, lambda: without_reuse(bank, False)),
         Stepper("reuse", ours),
+        Stepper(f"{defaults.args.plans_per_step} plans", defaults),
     ]
     places = [round(index * (WHOLE_TRAINING - 1) / (args.steps - 1)) for index in range(args.steps)]
     for turn, step in enumerate(tqdm([places[0], places[-1], *places], desc=shape)):
@@ -284,7 +263,7 @@ def measured(shape: str, args: argparse.Namespace) -> dict[str, Any]:
         "target tokens a batch": mean(int((batch["labels"] != -100).sum()) for batch in batches),
         "half": half,
         "matrix product, GFLOP/s": speed / 1e9,
-        "plans": [str(ours.plan_of_step(step)) for step in places],
+        "plans": [str(ours.plans_of_step(step)[0]) for step in places],
         "seconds": {stepper.name: stepper.seconds for stepper in steppers},
         "rows": rows,
     }

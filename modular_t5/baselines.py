@@ -62,7 +62,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         outputs = model(**passed)
         loss = args.task_weight * task_loss(outputs.logits, labels, args.label_smoothing_factor)
         if distils:
-            with torch.no_grad():
+            with torch.no_grad(), self.accelerator.autocast():
                 taught = self.teacher(**passed)
             target_mask = labels != -100
             loss = loss + args.logit_weight * logit_loss(outputs.logits, taught.logits, target_mask, args.temperature)

@@ -271,16 +271,24 @@ class Comparison:
         Raises:
             ValueError: it is, but of other settings, teacher, data or versions: a table must not be half old, half new.
         """
-        file = run.folder / RUN_FILE
-        if not file.exists():
+        if not (run.folder / RUN_FILE).exists():
             return False
-        stored = json.loads(file.read_text(encoding="utf-8"))["settings"]
+        stored = self.stored(run)["settings"]
         settings = json.loads(json.dumps(self.settings_of(run)))
         if different := sorted(name for name in {*stored, *settings} if stored.get(name) != settings.get(name)):
             raise ValueError(
                 f"{run.folder} holds a run with other {', '.join(different)}; take another output_dir, or remove it to run it anew"
             )
         return True
+
+    def stored(self, run: Run) -> dict[str, Any]:
+        """What a run left."""
+        file = run.folder / RUN_FILE
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            return {name: stored[name] for name in ("settings", "steps", "seconds", "hardware", "texts")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not what a run leaves ({error!r}); remove it to run it anew") from error
 
     def settings_of(self, run: Run) -> dict[str, Any]:
         """All that a run's outcome depends on."""
@@ -332,7 +340,7 @@ class Comparison:
         rows = {}
         for name in self.args.methods:
             runs = [run for run in self.runs() if run.method == name]
-            stored = [json.loads((run.folder / RUN_FILE).read_text(encoding="utf-8")) for run in runs]
+            stored = [self.stored(run) for run in runs]
             seeds = len(self.args.seeds)
             rows[name] = {
                 "description": ROWS[name].description,

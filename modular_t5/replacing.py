@@ -1,4 +1,4 @@
-"""Which plan a training step runs: a pure function of the seed, the step and how far training has come.
+"""Which plans a training step runs: a pure function of the seed, the step and how far training has come.
 
 Source of module replacing: Xu et al., "BERT-of-Theseus", EMNLP 2020, arXiv 2002.02925, which this is where a bank has one
 granularity; of several granularities and the coarse-to-fine curriculum: Zhou, Le Bras, Choi, "Modular Transformers", Findings of
@@ -7,7 +7,8 @@ ACL 2023, arXiv 2306.02379.
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
@@ -23,6 +24,9 @@ class Schedule(NamedTuple):
 SCHEDULES: dict[str, Schedule] = {
     "constant": Schedule(lambda start, end, progress: start, "the start all the time"),
     "linear": Schedule(lambda start, end, progress: start + (end - start) * progress, "straight from the start to the end"),
+    "ramp": Schedule(
+        lambda start, end, progress: start + (end - start) * min(2 * progress, 1.0), "straight to the end by half-time, where it stays"
+    ),
 }
 
 
@@ -54,8 +58,49 @@ CURRICULA: dict[str, Curriculum] = {
 }
 
 
-def draw_plan(shape: BankShape, *, seed: int, step: int, progress: float, replacing_rate: float, odds: Odds) -> AssemblyPlan:
-    """A random plan with at least one module.
+# By side, odds by granularity.
+SideOdds = Mapping[str, Mapping[int, float]]
+
+
+def _mixed(draw: random.Random, shape: BankShape, odds: SideOdds, rate: float) -> Iterator[AssemblyPlan]:
+    while True:
+        yield _draw_plan(draw, shape, odds, rate)
+
+
+def _aligned(draw: random.Random, shape: BankShape, odds: SideOdds, rate: float) -> Iterator[AssemblyPlan]:
+    leading, other = ("decoder", "encoder") if any(odds["decoder"].values()) else ("encoder", "decoder")
+    coming: dict[int, float] = {}  # granularities of the leading side that have not had their turn, with their odds
+    partners: dict[int, list[int]] = {}  # of each of them, spans of the other side that have not had theirs
+    while True:
+        coming = coming or {s: number for s, number in odds[leading].items() if number}
+        (granularity,) = draw.choices(list(coming), list(coming.values()))
+        del coming[granularity]
+        if not partners.get(granularity):
+            partners[granularity] = [1, *(s for s, number in odds[other].items() if number and s <= granularity)]
+            draw.shuffle(partners[granularity])
+        yield _draw_plan(draw, shape, {leading: {granularity: 1.0}, other: {partners[granularity].pop(): 1.0}}, rate)
+
+
+class Sampling(NamedTuple):
+    """How the plans of a step are drawn, one after the other."""
+
+    plans: Callable[[random.Random, BankShape, SideOdds, float], Iterator[AssemblyPlan]]
+    description: str
+
+
+SAMPLINGS: dict[str, Sampling] = {
+    "aligned": Sampling(
+        _aligned,
+        "one granularity a side, the encoder's not coarser than the decoder's, as strategies assemble; within a step they take turns",
+    ),
+    "mixed": Sampling(_mixed, "a granularity of its own for every module: the paper's"),
+}
+
+
+def draw_plans(
+    shape: BankShape, *, seed: int, step: int, progress: float, sampling: str, count: int, replacing_rate: float, odds: Odds
+) -> tuple[AssemblyPlan, ...]:
+    """The plans of a step, each with at least one module.
 
     Each side is walked from the bottom. Where a module may start, one is taken with probability `replacing_rate`, its granularity
     by the odds among those that fit; else the original layer stays.
@@ -64,19 +109,25 @@ def draw_plan(shape: BankShape, *, seed: int, step: int, progress: float, replac
         shape: of the bank.
         seed, step: integers; equal ones give equal plans, in every process and after a restart.
         progress: of training, from 0 to 1.
+        sampling: a name in `SAMPLINGS`.
+        count: how many plans.
         replacing_rate: above 0, at most 1.
         odds: a curriculum's, or the user's own function. A granularity of odds 0 is not drawn.
 
     Raises:
         ValueError: odds that are not one finite number of at least 0 a granularity, or all 0 on both sides.
     """
-    # Seeded by a string, Random hashes it with SHA-512: the same in every process.
-    draw = random.Random(f"{seed}/{step}")
     odds_of = {side: _checked_odds(odds, shape.granularities[side], progress) for side in SIDES}
     if not any(any(of_side.values()) for of_side in odds_of.values()):
         raise ValueError(f"a curriculum must leave some granularity; its odds are all 0 at a progress of {progress:g}")
+    # Seeded by a string, Random hashes it with SHA-512: the same in every process.
+    plans = SAMPLINGS[sampling].plans(random.Random(f"{seed}/{step}"), shape, odds_of, replacing_rate)
+    return tuple(islice(plans, count))
+
+
+def _draw_plan(draw: random.Random, shape: BankShape, odds: SideOdds, replacing_rate: float) -> AssemblyPlan:
     for rate in (*[replacing_rate] * 1000, 1.0):  # a rate too small to ever replace anything must not draw for ever
-        plan = AssemblyPlan(*(_draw_spans(draw, shape.num_layers[side], odds_of[side], rate) for side in SIDES))
+        plan = AssemblyPlan(*(_draw_spans(draw, shape.num_layers[side], odds[side], rate) for side in SIDES))
         if plan != shape.teacher:
             return plan
     raise AssertionError("every granularity fits at the bottom of its side")
@@ -94,7 +145,7 @@ def _checked_odds(odds: Odds, granularities: Sequence[int], progress: float) -> 
     return dict(zip(granularities, given, strict=True))
 
 
-def _draw_spans(draw: random.Random, num_layers: int, odds: dict[int, float], replacing_rate: float) -> tuple[int, ...]:
+def _draw_spans(draw: random.Random, num_layers: int, odds: Mapping[int, float], replacing_rate: float) -> tuple[int, ...]:
     spans: list[int] = []
     start = 0
     while start < num_layers:

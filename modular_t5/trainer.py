@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import DynamoBackend
@@ -30,9 +30,9 @@ from .frontier import environment
 from .layout_modular_t5 import own_part_of, running_own_parts
 from .model_card import bank_card, measured_in
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
-from .recording import Replay, recording
+from .recording import Replay, SideRecord, recording
 from .reducing import RunningParameters, trained_ids, watch_running
-from .replacing import CURRICULA, Odds, draw_plan
+from .replacing import CURRICULA, Odds, draw_plans
 from .training_args import LOSS_WEIGHTS, ModularTrainingArguments
 
 
@@ -51,14 +51,29 @@ _REFUSED = {
 }
 
 
+class _Taught(NamedTuple):
+    """What the teacher put out, and what passed between its layers."""
+
+    outputs: Seq2SeqLMOutput
+    records: dict[str, SideRecord]
+
+
+class _Turn(NamedTuple):
+    """A plan of a step, the share of its loss, and what it learns from."""
+
+    plan: AssemblyPlan
+    share: float
+    taught: _Taught | None
+
+
 class ModularTrainer(CheckpointingTrainer):
     """Trains the modules of a bank; everything else of the bank is the teacher, frozen and without dropout.
 
-    Each step runs one random plan in place of the original layers. Its loss is the weighted sum of the task's cross-entropy
-    (`task_loss` in the log), the KL divergence from the teacher's predictions (`logit_loss`), the error of the hidden state at the
-    end of every span that a module covers (`hidden_loss`) and, if asked for, that of the module's attention probabilities
-    (`attention_loss`). All are means over the tokens of the whole step, however it is cut into batches and processes; but of the
-    encoder's states and attention a batch counts by its target tokens.
+    Each step runs random plans in place of the original layers, one after the other. The loss of each is the weighted sum of the
+    task's cross-entropy (`task_loss` in the log), the KL divergence from the teacher's predictions (`logit_loss`), the error of the
+    hidden state at the end of every span that a module covers (`hidden_loss`) and, if asked for, that of the module's attention
+    probabilities (`attention_loss`). All are means over the tokens of the whole step, however it is cut into batches and processes;
+    but of the encoder's states and attention a batch counts by its target tokens.
 
     `evaluate` runs `eval_plans`: `eval_<plan>_loss` and metrics of each, and `eval_loss` and metrics that are means over the plans.
     `predict` runs the bank's own plan. Checkpoints hold the modules without the teacher, and appear whole or not at all;
@@ -104,6 +119,8 @@ class ModularTrainer(CheckpointingTrainer):
             raise ValueError(f"ModularTrainer takes ModularTrainingArguments, got {type(args).__name__}")
         if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError("a checkpoint holds modules without their teacher and stays at home; set hub_strategy to every_save or end")
+        if args.deepspeed_plugin is not None and args.plans_per_step > 1:
+            raise ValueError("DeepSpeed takes one backward pass a batch; set plans_per_step to 1, and more gradient_accumulation_steps")
         if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
             raise ValueError("one process would drive several GPUs by DataParallel, which a bank cannot; start it with torchrun")
         if isinstance(processing_class, PreTrainedTokenizerBase):
@@ -116,7 +133,7 @@ class ModularTrainer(CheckpointingTrainer):
         if curriculum is not None and args.curriculum != ModularTrainingArguments.curriculum:
             raise ValueError(f"two curricula are given, the function {curriculum!r} and args.curriculum={args.curriculum!r}; leave one out")
         for progress in (0.0, 0.5, 1.0):  # a curriculum that does not work had better fail here
-            self._draw_plan(args, 0, progress)
+            self._draw_plans(args, 0, progress)
         uses_cache = model.config.use_cache
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         model.config.use_cache = uses_cache  # the Trainer turns it off, for good, and for what is assembled too
@@ -139,6 +156,7 @@ class ModularTrainer(CheckpointingTrainer):
         self._checked = False  # whether a batch was seen to fit
         self._evaluating = False
         self._running: tuple[DistributedDataParallel, RunningParameters] | None = None
+        self._turn: _Turn | None = None  # while a step runs
 
     def training_record(self) -> dict[str, Any]:
         """What a card tells of a training: command, date, hardware, versions, steps, seconds, and every argument that is not its default.
@@ -220,8 +238,8 @@ class ModularTrainer(CheckpointingTrainer):
 
     # -- a step ------------------------------------------------------------------------------------------------------------
 
-    def plan_of_step(self, step: int) -> AssemblyPlan:
-        """The plan that runs in an optimizer step, counted from 0.
+    def plans_of_step(self, step: int) -> tuple[AssemblyPlan, ...]:
+        """The plans that run in an optimizer step, counted from 0.
 
         Raises:
             ValueError: the length of the training is not known yet: before `train()`, without `max_steps`.
@@ -229,11 +247,11 @@ class ModularTrainer(CheckpointingTrainer):
         steps = self.state.max_steps or self.args.max_steps
         if steps <= 0:
             raise ValueError("plans depend on the length of the training, which is not known before train(); set max_steps")
-        return self._draw_plan(self.args, step, min(step / max(steps - 1, 1), 1.0))
+        return self._draw_plans(self.args, step, min(step / max(steps - 1, 1), 1.0))
 
-    def _draw_plan(self, args: ModularTrainingArguments, step: int, progress: float) -> AssemblyPlan:
-        rate = args.replacing_rate_at(progress)
-        return draw_plan(self._shape, seed=args.seed, step=step, progress=progress, replacing_rate=rate, odds=self._odds)
+    def _draw_plans(self, args: ModularTrainingArguments, step: int, progress: float) -> tuple[AssemblyPlan, ...]:
+        drawn = {"sampling": args.plan_sampling, "count": args.plans_per_step, "replacing_rate": args.replacing_rate_at(progress)}
+        return draw_plans(self._shape, seed=args.seed, step=step, progress=progress, odds=self._odds, **drawn)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is whole."""
@@ -278,6 +296,21 @@ class ModularTrainer(CheckpointingTrainer):
             for config, implementation in zip(configs, former, strict=True):
                 config._attn_implementation = implementation
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        """As `Trainer.training_step`, with every plan of the step in turn; gradients add up."""
+        inputs = self._prepare_inputs(inputs)
+        plans = self.plans_of_step(self.state.global_step)
+        loss: Any = 0.0
+        try:
+            for number, turn in enumerate(self._turns(model, plans, inputs), start=1):
+                self._turn = turn
+                # Processes need not exchange gradients before the last plan.
+                with self.accelerator.no_sync(model) if number < len(plans) else nullcontext():
+                    loss = loss + super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._turn = None
+        return loss
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -285,25 +318,19 @@ class ModularTrainer(CheckpointingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The loss of a random plan in training; in evaluation the task's, of the plan that the bank runs."""
+        """In training the loss of the plan whose turn it is, by default the step's first; in evaluation the task's, of the bank's own."""
         if not model.training:
             if self.label_smoother is not None and "labels" in inputs:  # which the Trainer will then not pass on
                 inputs = self._with_decoder_inputs(inputs)
             return super().compute_loss(model, inputs, return_outputs)
-        if not self._checked:
-            _check_batch(inputs, self.bank.config)
-            self._checked = True
-        plan = self.plan_of_step(self.state.global_step)
-        if isinstance(model, DistributedDataParallel):
-            self._watch_running(model, plan)
-        terms, outputs = self._loss_terms(model, plan, inputs)
+        plan, share, taught = self._turn or self._turns(model, self.plans_of_step(self.state.global_step)[:1], inputs)[0]
+        terms, outputs = self._loss_terms(model, plan, inputs, taught)
 
-        share = 1.0
         if num_items_in_batch is not None:
             of_all = self.args.average_tokens_across_devices or self.accelerator.num_processes == 1
             if of_all and num_items_in_batch == 0:
                 raise ValueError(f"step {self.state.global_step}: its labels are all padding; take such examples out of the data")
-            share = (inputs["labels"] != -100).sum() / max(num_items_in_batch, 1)
+            share = share * (inputs["labels"] != -100).sum() / max(num_items_in_batch, 1)
             if of_all:
                 share = share * self.accelerator.num_processes  # the tokens of all, and gradients are averaged
         terms = {name: term * share for name, term in terms.items()}
@@ -320,43 +347,51 @@ class ModularTrainer(CheckpointingTrainer):
             )
         return (loss, outputs) if return_outputs else loss
 
+    def _turns(self, model: nn.Module, plans: Sequence[AssemblyPlan], inputs: Mapping[str, Any]) -> list[_Turn]:
+        """Of plans that run on the same examples, after one pass of the teacher, recorded wherever one of them needs it."""
+        args, bank, taught = self.args, self.bank, None
+        if not self._checked:
+            _check_batch(inputs, bank.config)
+            self._checked = True
+        if isinstance(model, DistributedDataParallel):
+            self._watch_running(model, plans)
+        if args.logit_weight or args.hidden_weight or args.attention_weight:
+            ends = {
+                side: {end for plan in plans for end in (*_module_ends(plan, side), _shared_with_teacher(plan)[side])} for side in SIDES
+            }
+            bank.eval()
+            with torch.no_grad(), recording(bank, self._shape.teacher, ends, attention=bool(args.attention_weight)) as records:
+                taught = _Taught(model(**self._passed(inputs)), records)
+        return [_Turn(plan, 1 / len(plans), taught) for plan in plans]
+
     def _loss_terms(
-        self, model: nn.Module, plan: AssemblyPlan, inputs: Mapping[str, Any]
+        self, model: nn.Module, plan: AssemblyPlan, inputs: Mapping[str, Any], taught: _Taught | None
     ) -> tuple[dict[str, torch.Tensor], Seq2SeqLMOutput]:
         """Every term that has a weight, by its name in the log, and what the plan put out."""
         args, bank = self.args, self.bank
         labels = inputs["labels"]
-        # Without labels, which the model would compute a loss of its own from.
-        passed = self._with_decoder_inputs(inputs)
-        del passed["labels"]
-        passed |= {"use_cache": False, "return_dict": True}
-        module_ends = {side: {start + span for start, span in plan.blocks(side) if span > 1} for side in SIDES}
+        module_ends = {side: _module_ends(plan, side) for side in SIDES}
         attention = bool(args.attention_weight)
-
-        bank.eval()
         replays, reused = {}, {}
-        needs_teacher = args.logit_weight or args.hidden_weight or attention
-        if needs_teacher:
+        if taught is not None:
             shared = _shared_with_teacher(plan)
-            ends = {side: module_ends[side] | {shared[side]} for side in SIDES}
-            with torch.no_grad(), recording(bank, self._shape.teacher, ends, attention=attention) as of_teacher:
-                teacher = model(**passed)
-            replays = {side: (layers, Replay(of_teacher[side].recorders[layers].passed)) for side, layers in shared.items() if layers}
+            replays = {side: (layers, Replay(taught.records[side].recorders[layers].passed)) for side, layers in shared.items() if layers}
             if shared["encoder"] == len(plan.encoder):
-                reused["encoder_outputs"] = BaseModelOutput(teacher.encoder_last_hidden_state)
+                reused["encoder_outputs"] = BaseModelOutput(taught.outputs.encoder_last_hidden_state)
+        bank.eval()
         self._set_training_modes(plan)
         with recording(bank, plan, module_ends, replays=replays, attention=attention) as of_student:
-            student = model(**passed, **reused)
+            student = model(**self._passed(inputs), **reused)
 
         terms, target_mask = {}, labels != -100
         if args.task_weight:
             terms["task_loss"] = task_loss(student.logits, labels, args.label_smoothing_factor)
         if args.logit_weight:
-            terms["logit_loss"] = logit_loss(student.logits, teacher.logits, target_mask, args.temperature)
+            terms["logit_loss"] = logit_loss(student.logits, taught.outputs.logits, target_mask, args.temperature)
         masks = {"encoder": _source_mask(inputs, student), "decoder": target_mask}
-        spans = (
-            [(of_student[side], of_teacher[side], end, masks[side]) for side in SIDES for end in module_ends[side]] if needs_teacher else []
-        )
+        spans = [
+            (of_student[side], taught.records[side], end, masks[side]) for side in SIDES for end in module_ends[side] if taught is not None
+        ]
         if args.hidden_weight:
             terms["hidden_loss"] = _mean([hidden_state_loss(ours.state(end), its.state(end), mask) for ours, its, end, mask in spans])
         if args.attention_weight:
@@ -369,13 +404,19 @@ class ModularTrainer(CheckpointingTrainer):
             )
         return terms, student
 
-    def _watch_running(self, model: DistributedDataParallel, plan: AssemblyPlan) -> None:
-        """Tell the averaging of gradients what runs."""
+    def _watch_running(self, model: DistributedDataParallel, plans: Sequence[AssemblyPlan]) -> None:
+        """Tell the averaging of gradients what runs in a step."""
         if self._running is None or self._running[0] is not model:
             self._running = model, watch_running(model)
-        parts = [module for side in SIDES for module in self.bank.blocks_of(plan, side)]
-        own = [getattr(self.bank, side).bank[name] for side, name in running_own_parts(plan, self.bank.config)]
+        parts = [module for plan in plans for side in SIDES for module in self.bank.blocks_of(plan, side)]
+        own = [getattr(self.bank, side).bank[name] for plan in plans for side, name in running_own_parts(plan, self.bank.config)]
         self._running[1].ids = trained_ids([*parts, *own])
+
+    def _passed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model is called with: without labels, which it would compute a loss of its own from."""
+        passed = self._with_decoder_inputs(inputs)
+        del passed["labels"]
+        return {**passed, "use_cache": False, "return_dict": True}
 
     def _with_decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of the inputs, in which T5's decoder inputs are not left to be made of labels."""
@@ -452,6 +493,11 @@ class ModularTrainer(CheckpointingTrainer):
             if all(isinstance(value, Real) for value in values):
                 metrics[f"{prefix}_{name}"] = sum(values) / len(values)
         return EvalLoopOutput(output.predictions, output.label_ids, metrics, samples)
+
+
+def _module_ends(plan: AssemblyPlan, side: str) -> set[int]:
+    """After how many original layers a module of the plan ends."""
+    return {start + span for start, span in plan.blocks(side) if span > 1}
 
 
 def _shared_with_teacher(plan: AssemblyPlan) -> dict[str, int]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments
 
-from .replacing import CURRICULA, SCHEDULES
+from .assembly_modular_t5 import is_integer
+from .replacing import CURRICULA, SAMPLINGS, SCHEDULES
 
 
 # `<term>_weight` weighs what the log calls `<term>_loss`.
@@ -78,6 +79,10 @@ class ModularTrainingArguments(DistillationArguments):
     replacing_rate_end: float | None = field(
         default=None, metadata={"help": "Where a schedule other than constant ends; above 0 to 1, by default 1."}
     )
+    plans_per_step: int = field(
+        default=6, metadata={"help": "How many plans every step runs, one after the other on the same examples; the loss is their mean."}
+    )
+    plan_sampling: str = field(default="aligned", metadata={"help": f"How the plans of a step are drawn. {_choices(SAMPLINGS)}"})
     curriculum: str = field(
         default="coarse-to-fine", metadata={"help": f"How the odds of the granularities move during training. {_choices(CURRICULA)}"}
     )
@@ -117,6 +122,10 @@ class ModularTrainingArguments(DistillationArguments):
             check_finite(name, getattr(self, name))
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)!r}")
+        if not is_integer(self.plans_per_step) or self.plans_per_step < 1:
+            raise ValueError(f"plans_per_step must be an integer of at least 1, got {self.plans_per_step!r}")
+        if self.plan_sampling not in SAMPLINGS:
+            raise ValueError(f"unknown plan_sampling {self.plan_sampling!r}; choose one of {', '.join(SAMPLINGS)}")
         if self.curriculum not in CURRICULA:
             raise ValueError(
                 f"unknown curriculum {self.curriculum!r}; choose one of {', '.join(CURRICULA)}, or pass a function of your own as "

@@ -36,7 +36,7 @@ def test_its_loss_is_that_of_a_bank_that_runs_the_same_size(tmp_path, monkeypatc
     teacher = bank.assemble("1x6/1x6")
     trainer = distilling(tmp_path, teacher, student, **weights)
     modular = make_trainer(tmp_path, bank=bank, **weights)
-    monkeypatch.setattr(modular, "plan_of_step", lambda step: PLAN)
+    monkeypatch.setattr(modular, "plans_of_step", lambda step: (PLAN,))
     student.train()
     bank.train()
     torch.testing.assert_close(trainer.compute_loss(student, batch), modular.compute_loss(bank, batch))

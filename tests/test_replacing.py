@@ -5,15 +5,20 @@ from collections import Counter
 import pytest
 
 from modular_t5 import BankShape
-from modular_t5.replacing import CURRICULA, SCHEDULES, draw_plan
+from modular_t5.replacing import CURRICULA, SAMPLINGS, SCHEDULES, draw_plans
 
 
 GRANULARITIES = (2, 3, 4, 6)
 SHAPE = BankShape({"encoder": 12, "decoder": 12}, {"encoder": GRANULARITIES, "decoder": GRANULARITIES}, {"encoder": 1, "decoder": 1}, 0)
 
 
-def draw(step, seed=0, progress=0.5, replacing_rate=0.7, odds=CURRICULA["uniform"].odds, shape=SHAPE):
-    return draw_plan(shape, seed=seed, step=step, progress=progress, replacing_rate=replacing_rate, odds=odds)
+def draw_all(count, step, seed=0, progress=0.5, replacing_rate=0.7, odds=CURRICULA["uniform"].odds, shape=SHAPE, sampling="mixed"):
+    dials = {"sampling": sampling, "count": count, "replacing_rate": replacing_rate, "odds": odds}
+    return draw_plans(shape, seed=seed, step=step, progress=progress, **dials)
+
+
+def draw(*args, **changes):
+    return draw_all(1, *args, **changes)[0]
 
 
 def test_a_plan_is_a_function_of_seed_and_step():
@@ -30,15 +35,72 @@ def test_the_draw_is_the_same_on_every_machine():
     ]
 
 
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("curriculum", CURRICULA)
-def test_every_plan_is_legal_and_replaces_something(curriculum):
+def test_every_plan_is_legal_and_replaces_something(curriculum, sampling):
     for step in range(300):
-        plan = draw(step, progress=step / 299, replacing_rate=0.05 if step % 2 else 1.0, odds=CURRICULA[curriculum].odds)
-        assert SHAPE.check(plan) != SHAPE.teacher
+        rate = 0.05 if step % 2 else 1.0
+        plans = draw_all(3, step, progress=step / 299, replacing_rate=rate, odds=CURRICULA[curriculum].odds, sampling=sampling)
+        assert len(plans) == 3
+        assert all(SHAPE.check(plan) != SHAPE.teacher for plan in plans)
 
 
-def test_a_rate_that_replaces_nothing_still_ends():
-    assert draw(0, replacing_rate=1e-12) != SHAPE.teacher
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_rate_that_replaces_nothing_still_ends(sampling):
+    assert draw(0, replacing_rate=1e-12, sampling=sampling) != SHAPE.teacher
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_fewer_plans_are_the_first_of_more(sampling):
+    assert draw_all(2, 7, sampling=sampling) == draw_all(5, 7, sampling=sampling)[:2]
+
+
+def test_aligned_plans_are_uniform_and_take_turns():
+    for step in range(50):
+        plans = draw_all(8, step, replacing_rate=1.0, sampling="aligned")
+        sides = [(set(plan.encoder), set(plan.decoder)) for plan in plans]
+        assert all(len(encoder) == len(decoder) == 1 for encoder, decoder in sides)
+        pairs = [(min(encoder), min(decoder)) for encoder, decoder in sides]
+        assert Counter(decoder for _, decoder in pairs) == dict.fromkeys(GRANULARITIES, 2)
+        assert len(set(pairs)) == 8
+        assert all(encoder <= decoder for encoder, decoder in pairs)
+    seen = {
+        pair
+        for step in range(50)
+        for pair in [tuple(map(min, plan)) for plan in _spans(draw_all(8, step, sampling="aligned", replacing_rate=1.0))]
+    }
+    assert seen == {(encoder, decoder) for decoder in GRANULARITIES for encoder in (1, *GRANULARITIES) if encoder <= decoder}
+
+
+def _spans(plans):
+    return [(plan.encoder, plan.decoder) for plan in plans]
+
+
+def test_aligned_plans_replace_by_the_rate():
+    spans = Counter(
+        span for step in range(300) for plan in draw_all(4, step, replacing_rate=0.5, sampling="aligned") for span in plan.decoder
+    )
+    assert spans[2] / (spans[2] + spans[3] + spans[4] + spans[6]) > 0.3
+    assert spans[1] > 0
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_aligned_plans_of_a_bank_with_modules_on_one_side(side):
+    granularities = {"encoder": (), "decoder": (), side: (2, 3)}
+    shape = BankShape({"encoder": 6, "decoder": 6}, granularities, {"encoder": 1, "decoder": 1}, 0)
+    plans = draw_all(4, 0, replacing_rate=1.0, shape=shape, sampling="aligned")
+    other = "decoder" if side == "encoder" else "encoder"
+    assert {plan.spans(other) for plan in plans} == {(1,) * 6}
+    assert Counter(plan.spans(side)[0] for plan in plans) == {2: 2, 3: 2}
+
+
+def test_a_curriculum_says_which_granularities_have_their_turn_first():
+    coarse = [
+        draw_all(1, step, progress=0.0, odds=CURRICULA["coarse-to-fine"].odds, sampling="aligned", replacing_rate=1.0)
+        for step in range(400)
+    ]
+    firsts = Counter(plan.decoder[0] for (plan,) in coarse)
+    assert firsts[6] > 2 * firsts[2]
 
 
 def test_a_rate_of_one_leaves_no_original_where_a_module_fits():
@@ -63,7 +125,8 @@ def test_a_curriculum_moves_the_odds(curriculum, drift):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "rates"), [("constant", [0.25, 0.25, 0.25, 0.25, 0.25]), ("linear", [0.25, 0.4375, 0.625, 0.8125, 1.0])]
+    ("schedule", "rates"),
+    [("constant", [0.25, 0.25, 0.25, 0.25, 0.25]), ("linear", [0.25, 0.4375, 0.625, 0.8125, 1.0]), ("ramp", [0.25, 0.625, 1.0, 1.0, 1.0])],
 )
 def test_schedules(schedule, rates):
     assert [SCHEDULES[schedule].rate(0.25, 1.0, progress) for progress in (0, 0.25, 0.5, 0.75, 1)] == rates

@@ -113,7 +113,7 @@ def test_the_teacher_runs_without_dropout_and_the_modules_with(tmp_path, monkeyp
 
 def test_plans_are_drawn_by_seed_and_step_alone(tmp_path):
     trainers = [make_trainer(tmp_path, seed=seed) for seed in (0, 0, 1)]
-    plans = [[trainer.plan_of_step(step) for step in range(20)] for trainer in trainers]
+    plans = [[trainer.plans_of_step(step)[0] for step in range(20)] for trainer in trainers]
     assert plans[0] == plans[1] != plans[2]
 
 
@@ -126,8 +126,48 @@ def test_each_step_runs_its_plan_and_the_banks_own_returns(tmp_path, monkeypatch
     )
     trainer.model.set_plan("2x3/2x3")
     trainer.train()
-    assert ran == [text for step in range(3) for text in ("1x6/1x6", str(trainer.plan_of_step(step)))]
+    assert ran == [text for step in range(3) for text in ("1x6/1x6", str(trainer.plans_of_step(step)[0]))]
     assert str(trainer.model.plan) == "2x3/2x3"
+
+
+def test_the_plans_of_a_step_share_a_teacher_and_its_loss_is_their_mean(tmp_path, monkeypatch):
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.0))
+    dials = {"plans_per_step": 3, "plan_sampling": "aligned", "max_steps": 1, "max_grad_norm": 1e9}
+    trainer = make_trainer(tmp_path, bank=bank, **dials)
+    plans = trainer.plans_of_step(0)
+    assert len(set(plans)) == 3
+    batch = collate([trainer.train_dataset[i] for i in range(8)])
+    by_plan = []
+    for plan in plans:
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer, "plans_of_step", lambda step, plan=plan: (plan,))
+            bank.train()
+            by_plan.append(trainer.compute_loss(bank, batch))
+    sum(by_plan).div(3).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in bank.named_parameters() if parameter.grad is not None}
+    bank.zero_grad()
+
+    trainer = make_trainer(tmp_path, bank=bank, **dials)
+    ran = []
+    recording = modular_t5.trainer.recording
+    monkeypatch.setattr(
+        modular_t5.trainer, "recording", lambda bank, plan, *rest, **more: ran.append(str(plan)) or recording(bank, plan, *rest, **more)
+    )
+    trainer.create_optimizer()
+    loss = trainer.training_step(bank, batch, (batch["labels"] != -100).sum())
+    assert ran == ["1x6/1x6", *map(str, plans)]
+    assert loss.item() == pytest.approx(sum(each.item() for each in by_plan) / 3)
+    gradients = {name: parameter.grad for name, parameter in bank.named_parameters() if parameter.grad is not None}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_several_plans_and_deepspeed_are_refused(tmp_path, monkeypatch):
+    args = ModularTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    monkeypatch.setattr(args, "deepspeed_plugin", object())
+    with pytest.raises(ValueError, match=r"DeepSpeed takes one backward pass a batch; set plans_per_step to 1"):
+        ModularTrainer(ModularT5ForConditionalGeneration.from_t5(make_teacher()), args)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -251,7 +291,7 @@ def test_a_prefix_that_is_the_teachers_is_not_run_again_and_nothing_changes(tmp_
         getattr(bank, side).config._attn_implementation = "eager"
     for text in ("1x6/1x4-2x1", "1x4-2x1/1x2-2x2", "3x2/1x6", "6x1/6x1"):
         plan = bank.choose_plan(text)
-        monkeypatch.setattr(trainer, "plan_of_step", lambda step, plan=plan: plan)
+        monkeypatch.setattr(trainer, "plans_of_step", lambda step, plan=plan: (plan,))
         ran = []
         handles = [
             block.register_forward_hook(lambda *_, name=name, ran=ran: ran.append(name))
@@ -319,7 +359,7 @@ def test_gradients_reach_the_modules_of_the_plan_and_nothing_else(tmp_path):
         trainer.model.train()
         trainer.model.zero_grad()
         trainer.compute_loss(trainer.model, batch).backward()
-        running = {name for name in trainer.model.parameter_map(trainer.plan_of_step(step)).values() if ".bank." in name}
+        running = {name for name in trainer.model.parameter_map(trainer.plans_of_step(step)[0]).values() if ".bank." in name}
         with_gradients = {name for name, parameter in trainer.model.named_parameters() if parameter.grad is not None}
         assert with_gradients == running
 
@@ -359,7 +399,7 @@ def test_attention_maps_are_compared_without_dropout(tmp_path, monkeypatch):
         return (student - teacher).sum()
 
     monkeypatch.setattr(modular_t5.trainer, "attention_loss", note)
-    monkeypatch.setattr(trainer, "plan_of_step", lambda step: plan)
+    monkeypatch.setattr(trainer, "plans_of_step", lambda step: (plan,))
     with trainer._eager_attention():
         bank.train()
         trainer.compute_loss(bank, collate(list(make_dataset(8))))
@@ -370,9 +410,11 @@ def test_attention_maps_are_compared_without_dropout(tmp_path, monkeypatch):
 def test_the_rate_moves_by_its_schedule(tmp_path):
     trainer = make_trainer(tmp_path, replacing_rate=0.05, replacing_rate_schedule="linear", max_steps=200)
     trainer.state.max_steps = 200
-    replaced = [sum(span > 1 for side in ("encoder", "decoder") for span in trainer.plan_of_step(step).spans(side)) for step in range(200)]
+    replaced = [
+        sum(span > 1 for side in ("encoder", "decoder") for span in trainer.plans_of_step(step)[0].spans(side)) for step in range(200)
+    ]
     originals = [
-        sum(span == 1 for side in ("encoder", "decoder") for span in trainer.plan_of_step(step).spans(side)) for step in range(200)
+        sum(span == 1 for side in ("encoder", "decoder") for span in trainer.plans_of_step(step)[0].spans(side)) for step in range(200)
     ]
     assert sum(originals[:20]) > 150
     assert sum(originals[-5:]) == 0 < sum(replaced[-5:])
@@ -382,7 +424,7 @@ def test_a_curriculum_of_ones_own(tmp_path):
     trainer = make_trainer(
         tmp_path, trainer_arguments={"curriculum": lambda granularities, progress: [float(s == 6) for s in granularities]}
     )
-    assert {str(trainer.plan_of_step(step)) for step in range(50)} == {"6x1/6x1", "1x6/6x1", "6x1/1x6"}
+    assert {str(trainer.plans_of_step(step)[0]) for step in range(50)} == {"6x1/6x1", "1x6/6x1", "6x1/1x6"}
     for wrong in ([1.0], {2: 1, 3: 1, 6: 1}, [1e308, 1e308, 1]):
         with pytest.raises(ValueError, match="each of the granularities"):
             make_trainer(tmp_path, trainer_arguments={"curriculum": lambda granularities, progress, wrong=wrong: wrong})
@@ -392,12 +434,12 @@ def test_a_curriculum_of_ones_own(tmp_path):
 
 def test_plans_before_training(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=6)
-    before = [trainer.plan_of_step(step) for step in range(6)]
+    before = [trainer.plans_of_step(step)[0] for step in range(6)]
     trainer.train()
-    assert before == [trainer.plan_of_step(step) for step in range(6)]
+    assert before == [trainer.plans_of_step(step)[0] for step in range(6)]
     by_epochs = make_trainer(tmp_path, max_steps=-1, num_train_epochs=1)
     with pytest.raises(ValueError, match="not known before train"):
-        by_epochs.plan_of_step(0)
+        by_epochs.plans_of_step(0)
     by_epochs.train()
 
 
@@ -519,7 +561,7 @@ def test_gradient_checkpointing_runs_the_originals_again_too(tmp_path):
     bank = ModularT5ForConditionalGeneration.from_t5(make_teacher())
     trainer = make_trainer(tmp_path, bank=bank, max_steps=1, **{CHECKPOINTING: True})
     plan = bank.choose_plan("3x2/1x6")
-    trainer.plan_of_step = lambda step: plan
+    trainer.plans_of_step = lambda step: (plan,)
     runs = []
     for layer, block in enumerate(bank.decoder.block._modules.values()):
         block.layer[-1].register_forward_pre_hook(lambda *_, layer=layer: runs.append(layer))
@@ -549,7 +591,7 @@ def test_torch_compile_changes_no_loss_and_makes_no_graph_a_plan(tmp_path):
         trainer = make_trainer(tmp_path, bank=bank, max_steps=24, curriculum="uniform", **backend)
         trainer.train()
         losses.append([logged(trainer, "loss"), trainer.evaluate()["eval_loss"]])
-        assert len({str(trainer.plan_of_step(step)) for step in range(24)}) > 12
+        assert len({str(trainer.plans_of_step(step)[0]) for step in range(24)}) > 12
     assert losses[0] == losses[1]
     # Of blocks: were they of plans, there would be one a plan and then a give-up.
     frames = torch._dynamo.utils.counters["frames"]
@@ -601,7 +643,7 @@ def test_a_loss_that_is_none_stops_with_what_broke(tmp_path):
 
     trainer.add_callback(Noting(break_it))
     trainer.state.max_steps = 10
-    plan_text = re.escape(str(trainer.plan_of_step(3)))
+    plan_text = re.escape(str(trainer.plans_of_step(3)[0]))
     with pytest.raises(FloatingPointError, match=rf"step 3, plan {plan_text}: .*hidden_loss is (nan|inf)"):
         trainer.train()
     assert trainer.state.global_step == 3

@@ -43,6 +43,8 @@ def make_trainer(folder, *, bank=None, arguments=ModularTrainingArguments, train
     bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.1)) if bank is None else bank
     defaults = {
         "max_steps": 4,
+        "plans_per_step": 1,
+        "plan_sampling": "mixed",
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-2,
         "logging_steps": 1,
@@ -52,6 +54,7 @@ def make_trainer(folder, *, bank=None, arguments=ModularTrainingArguments, train
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
+    defaults = {name: value for name, value in defaults.items() if name in arguments.__dataclass_fields__}
     args = arguments(str(folder), **{**defaults, **changes})
     data = {"train_dataset": make_dataset(), "eval_dataset": make_dataset(8), "data_collator": collate}
     return trainer(**{"model": bank, "args": args, **data, **(trainer_arguments or {})})
@@ -105,7 +108,7 @@ def main():
     trainer = make_trainer(args.folder, bank=bank, trainer=KilledTrainer, trainer_arguments={"callbacks": [Killing]}, **changes)
     args.folder.mkdir(parents=True, exist_ok=True)
     plans, loss_terms = [], trainer._loss_terms
-    trainer._loss_terms = lambda model, plan, inputs: plans.append(str(plan)) or loss_terms(model, plan, inputs)
+    trainer._loss_terms = lambda model, plan, *rest: plans.append(str(plan)) or loss_terms(model, plan, *rest)
     trained = trainer.train(resume_from_checkpoint=get_last_checkpoint(args.folder))
     result = {
         "train_loss": trained.training_loss,
