@@ -30,10 +30,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape, tilings
 from .baselines import DistillationTrainer, LayerDropTrainer, set_dropout
-from .comparison_results import scored, table
-from .frontier import environment, generate_texts, measure_speed
+from .comparison_results import plot, scored, table
+from .frontier import environment, generate_texts, measure_speed, picture
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
-from .pairs import Pairs
+from .pairs import Pairs, sacrebleu
 from .trainer import ModularTrainer
 from .training_args import DistillationArguments, ModularTrainingArguments
 
@@ -139,6 +139,8 @@ class Comparison:
     """Runs methods and collects what they reached."""
 
     def __init__(self, args: ComparisonArguments):
+        sacrebleu()  # what is not installed had better be missed now
+        picture("a comparison")
         self.args = args
         self.folder = Path(args.output_dir)
         self.teacher = AutoModelForSeq2SeqLM.from_pretrained(args.teacher, dtype=torch.float32).eval()
@@ -254,7 +256,7 @@ class Comparison:
         return tuple(plan for plan in self.plans if {*plan.encoder, *plan.decoder} <= known)
 
     def run(self) -> dict[str, Any]:
-        """Do what is missing; returns the results, which are also in the folder as results.json."""
+        """Do what is missing; returns the results, which are also in the folder, as results.json, table.md and picture.png."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for run in self.runs():
             if not self.is_done(run):
@@ -262,7 +264,8 @@ class Comparison:
                 self.do(run)
         results = self.results()
         write_json(self.folder / RESULTS_FILE, results)
-        (self.folder / "table.md").write_text(table(results), encoding="utf-8")
+        (self.folder / "table.md").write_text(table(results) + "\n", encoding="utf-8")
+        plot(results, self.folder / "picture.png", title=f"One training of {self.args.max_steps} steps against one a size")
         return results
 
     def is_done(self, run: Run) -> bool:

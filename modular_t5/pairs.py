@@ -87,7 +87,7 @@ def sacrebleu() -> Any:
     try:
         import sacrebleu
     except ImportError as error:
-        raise ImportError("scoring needs sacrebleu: pip install sacrebleu") from error
+        raise ImportError("scoring needs sacrebleu: pip install 'modular_t5[compare]'") from error
     return sacrebleu
 
 

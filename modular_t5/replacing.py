@@ -76,8 +76,10 @@ def _aligned(draw: random.Random, shape: BankShape, odds: SideOdds, rate: float)
         (granularity,) = draw.choices(list(coming), list(coming.values()))
         del coming[granularity]
         if not partners.get(granularity):
-            partners[granularity] = [1, *(s for s, number in odds[other].items() if number and s <= granularity)]
-            draw.shuffle(partners[granularity])
+            # Modules of like granularity first, so that they all learn in every step that has as many plans.
+            *finer, like = [1, *(s for s, number in odds[other].items() if number and s <= granularity)]
+            draw.shuffle(finer)
+            partners[granularity] = [*finer, like]
         yield _draw_plan(draw, shape, {leading: {granularity: 1.0}, other: {partners[granularity].pop(): 1.0}}, rate)
 
 

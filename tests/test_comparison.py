@@ -59,7 +59,8 @@ def test_the_whole_comparison(given, tmp_path, capsys):
     assert set(results["rows"]["modular, without the coarsest"]["scores"]) == set(SIZES) - {"6x1/6x1"}
     assert set(results["rows"]["modular, granularity 2"]["scores"]) == {"1x6/2x3", "2x3/2x3"}
     printed = capsys.readouterr().out
-    assert (tmp_path / "out" / "table.md").read_text() in printed
+    assert (tmp_path / "out" / "table.md").read_text().strip() in printed
+    assert (tmp_path / "out" / "picture.png").stat().st_size > 10_000
     assert printed.count("\n| modular") == 1 + len(ABLATIONS)
 
 
