@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 import modular_t5
 from modular_t5 import cli
+from modular_t5.training_args import DistillationArguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +79,7 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_the_table_of_training_arguments_is_true():
     defaults = {name: value.default for name, value in modular_t5.ModularTrainingArguments.__dataclass_fields__.items()}
-    added = set(modular_t5.ModularTrainingArguments.__annotations__)
+    added = {*modular_t5.ModularTrainingArguments.__annotations__, *DistillationArguments.__annotations__}
     rows = [
         row for row in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (.*?) \|", README, re.MULTILINE) if set(re.findall(r"\w+", row[0])) & added
     ]
