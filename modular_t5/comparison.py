@@ -174,8 +174,8 @@ class Comparison:
     def fitted(self, trainer_class: type, model: Any, run: Run, arguments_class: type, **kwargs: Any) -> float:
         """Train a model by a run's arguments, from the last checkpoint if there is one; returns the seconds it took in all."""
         args, given = self.args, dict(run.arguments)
-        targets, dropout = given.pop("targets", "labels"), given.pop("dropout_rate", self.teacher.config.dropout_rate)
-        set_dropout(model, dropout, inner=given.pop("inner_dropout_rate", dropout))
+        targets, dropout = given.pop("targets", "labels"), given.pop("dropout_rate", 0.0)
+        set_dropout(model, dropout, inner=0.0)
         if args.bf16:
             model.set_attn_implementation("eager")  # the other's gradients are slow in bfloat16 on a CPU
         checkpoint = get_last_checkpoint(run.folder) if run.folder.is_dir() else None

@@ -140,6 +140,10 @@ class ModularTrainer(CheckpointingTrainer):
 
         # From here on nothing is refused but adapters, which leave the bank alone then.
         if peft_config is not None:
+            if getattr(peft_config, "lora_dropout", 0) and not args.module_dropout:
+                raise ValueError(
+                    f"lora_dropout={peft_config.lora_dropout!r} does nothing without module_dropout; set it to True, or this to 0"
+                )
             set_seed(args.seed)  # adapters start at random
             add_adapters(model, peft_config)
         elif model.config.lora:
@@ -425,12 +429,12 @@ class ModularTrainer(CheckpointingTrainer):
         return {**inputs, "decoder_input_ids": self.bank.prepare_decoder_input_ids_from_labels(inputs["labels"])}
 
     def _set_training_modes(self, plan: AssemblyPlan) -> None:
-        """After `bank.eval()`: dropout in the plan's modules, nowhere else. So it stays until gradients are computed."""
+        """After `bank.eval()`: if asked for, dropout in the plan's modules, nowhere else. So it stays until gradients are computed."""
         bank = self.bank
         bank.training = True
         for side in SIDES:
             for (_, span), block in zip(plan.blocks(side), bank.blocks_of(plan, side), strict=True):
-                if span == 1:
+                if span == 1 or not self.args.module_dropout:
                     # The flag of the block alone: it asks for gradient checkpointing, where that is on, and for nothing else.
                     block.training = True
                     continue

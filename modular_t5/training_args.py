@@ -90,8 +90,12 @@ class ModularTrainingArguments(DistillationArguments):
         default=0.0,
         metadata={
             "help": "Weight of the squared error of every module's attention probabilities. Above 0, attention runs in eager mode, "
-            "and in the modules without dropout of its own."
+            "and of module_dropout it takes no part."
         },
+    )
+    module_dropout: bool = field(
+        default=False,
+        metadata={"help": "Train modules with dropout, at the rate of the teacher's configuration. Distillation does better without."},
     )
     train_final_norms: bool = field(
         default=False, metadata={"help": "Train a copy of each side's final norm, used where the side has modules."}

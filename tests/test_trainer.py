@@ -111,6 +111,18 @@ def test_the_teacher_runs_without_dropout_and_the_modules_with(tmp_path, monkeyp
     assert torch.equal(teacher_logits[0], wanted)
 
 
+def test_by_default_nothing_drops_out(tmp_path):
+    assert not ModularTrainingArguments(str(tmp_path), report_to="none").module_dropout
+    trainer = make_trainer(tmp_path, module_dropout=False, bank=ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.5)))
+    batch = collate(list(make_dataset(8)))
+    losses = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        trainer.model.train()
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
+    assert losses[0] == losses[1]
+
+
 def test_plans_are_drawn_by_seed_and_step_alone(tmp_path):
     trainers = [make_trainer(tmp_path, seed=seed) for seed in (0, 0, 1)]
     plans = [[trainer.plans_of_step(step)[0] for step in range(20)] for trainer in trainers]
