@@ -222,7 +222,7 @@ def measured(shape: str, args: argparse.Namespace) -> dict[str, Any]:
         Stepper("everything trains", ours, lambda: without_reuse(bank, True)),
         Stepper("frozen teacher", ours, lambda: without_reuse(bank, False)),
         Stepper("reuse", ours),
-        Stepper(f"{defaults.args.plans_per_step} plans", defaults),
+        Stepper(f"{len(defaults.plans_of_step(0))} plans", defaults),
     ]
     places = [round(index * (WHOLE_TRAINING - 1) / (args.steps - 1)) for index in range(args.steps)]
     for turn, step in enumerate(tqdm([places[0], places[-1], *places], desc=shape)):

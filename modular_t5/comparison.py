@@ -246,7 +246,7 @@ class Comparison:
                 plans = self.plans_of(arguments)
                 for of_run in [(plan,) for plan in plans] if row.per_size else [plans]:
                     size = "-".join(map(str, of_run[0].depths)) if row.per_size else "all"
-                    folder = self.folder / "runs" / name.replace(" ", "-").replace(":", "") / size / f"seed-{seed}"
+                    folder = self.folder / "runs" / name.replace(" ", "-").replace(",", "").replace("'", "") / size / f"seed-{seed}"
                     runs.append(Run(name, of_run, seed, arguments, folder))
         return runs
 
@@ -506,15 +506,22 @@ def _without(description: str, **arguments: Any) -> Method:
     return modular._replace(description=description, arguments={**modular.arguments, **arguments})
 
 
+_PAPER = {"plan_sampling": "mixed", "plans_per_step": 1, "replacing_rate": 0.7}
+
 ABLATIONS: dict[str, Method] = {
-    "modular, uniform": _without("without curriculum", curriculum="uniform"),
-    "modular, fine-to-coarse": _without("the curriculum turned round", curriculum="fine-to-coarse"),
+    "modular, paper's sampling": _without("one plan a step, each module of a granularity of its own, coarse to fine", **_PAPER),
+    "modular, paper's, uniform": _without("the same without curriculum", **_PAPER, curriculum="uniform"),
+    "modular, paper's, fine-to-coarse": _without("the same with the curriculum turned round", **_PAPER, curriculum="fine-to-coarse"),
+    "modular, one plan a step": _without("one plan a step, aligned", plans_per_step=1),
+    "modular, mixed plans": _without("as many plans a step, each module of a granularity of its own", plan_sampling="mixed"),
+    "modular, replacing rate 0.7": _without("original layers in three of ten places", replacing_rate=0.7),
+    "modular, dropout": _without("modules with dropout", module_dropout=True, dropout_rate=0.1),
     "modular, no hidden states": _without("without the loss of hidden states", hidden_weight=0.0),
     "modular, attention": _without("with the loss of attention probabilities", attention_weight=1.0),
     "modular, granularity 2": _without("one granularity", granularities=[2]),
     "modular, granularity 3": _without("one granularity", granularities=[3]),
-    "modular, random order": _without("other tilings of the same depths", random_order=True),
     "modular, without the coarsest": _without("without the coarsest granularity", granularities=[2, 3]),
+    "modular, random order": _without("other tilings of the same depths", random_order=True),
 }
 
 ROWS = {**METHODS, **ABLATIONS}

@@ -119,7 +119,7 @@ class ModularTrainer(CheckpointingTrainer):
             raise ValueError(f"ModularTrainer takes ModularTrainingArguments, got {type(args).__name__}")
         if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError("a checkpoint holds modules without their teacher and stays at home; set hub_strategy to every_save or end")
-        if args.deepspeed_plugin is not None and args.plans_per_step > 1:
+        if args.deepspeed_plugin is not None and args.plans_per_step != 1:
             raise ValueError("DeepSpeed takes one backward pass a batch; set plans_per_step to 1, and more gradient_accumulation_steps")
         if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
             raise ValueError("one process would drive several GPUs by DataParallel, which a bank cannot; start it with torchrun")
@@ -254,7 +254,8 @@ class ModularTrainer(CheckpointingTrainer):
         return self._draw_plans(self.args, step, min(step / max(steps - 1, 1), 1.0))
 
     def _draw_plans(self, args: ModularTrainingArguments, step: int, progress: float) -> tuple[AssemblyPlan, ...]:
-        drawn = {"sampling": args.plan_sampling, "count": args.plans_per_step, "replacing_rate": args.replacing_rate_at(progress)}
+        count = 2 * max(map(len, self._shape.granularities.values())) if args.plans_per_step is None else args.plans_per_step
+        drawn = {"sampling": args.plan_sampling, "count": count, "replacing_rate": args.replacing_rate_at(progress)}
         return draw_plans(self._shape, seed=args.seed, step=step, progress=progress, odds=self._odds, **drawn)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -79,8 +79,12 @@ class ModularTrainingArguments(DistillationArguments):
     replacing_rate_end: float | None = field(
         default=None, metadata={"help": "Where a schedule other than constant ends; above 0 to 1, by default 1."}
     )
-    plans_per_step: int = field(
-        default=6, metadata={"help": "How many plans every step runs, one after the other on the same examples; the loss is their mean."}
+    plans_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many plans every step runs, one after the other on the same examples; the loss is their mean. By default two for "
+            "each granularity."
+        },
     )
     plan_sampling: str = field(default="aligned", metadata={"help": f"How the plans of a step are drawn. {_choices(SAMPLINGS)}"})
     curriculum: str = field(
@@ -126,7 +130,7 @@ class ModularTrainingArguments(DistillationArguments):
             check_finite(name, getattr(self, name))
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)!r}")
-        if not is_integer(self.plans_per_step) or self.plans_per_step < 1:
+        if self.plans_per_step is not None and (not is_integer(self.plans_per_step) or self.plans_per_step < 1):
             raise ValueError(f"plans_per_step must be an integer of at least 1, got {self.plans_per_step!r}")
         if self.plan_sampling not in SAMPLINGS:
             raise ValueError(f"unknown plan_sampling {self.plan_sampling!r}; choose one of {', '.join(SAMPLINGS)}")
