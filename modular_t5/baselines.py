@@ -11,7 +11,7 @@ from transformers import Seq2SeqTrainer, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerFF
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan
-from .distillation import hidden_state_loss, logit_loss, task_loss
+from .distillation import Taught, hidden_state_loss, log_probabilities, logit_loss, task_loss
 from .training_args import DistillationArguments
 
 
@@ -60,12 +60,15 @@ class DistillationTrainer(Seq2SeqTrainer):
         passed.setdefault("decoder_input_ids", self.model.prepare_decoder_input_ids_from_labels(labels))
         passed |= {"use_cache": False, "output_hidden_states": distils and args.hidden_weight > 0}
         outputs = model(**passed)
-        loss = args.task_weight * task_loss(outputs.logits, labels, args.label_smoothing_factor)
+        logs = {at: log_probabilities(outputs.logits, at) for at in {1, args.temperature}}
+        loss = args.task_weight * task_loss(logs[1], labels, args.label_smoothing_factor)
         if distils:
             with torch.no_grad(), self.accelerator.autocast():
                 taught = self.teacher(**passed)
             target_mask = labels != -100
-            loss = loss + args.logit_weight * logit_loss(outputs.logits, taught.logits, target_mask, args.temperature)
+            if args.logit_weight:
+                predictions = Taught.of(taught.logits, args.temperature)
+                loss = loss + args.logit_weight * logit_loss(logs[args.temperature], predictions, target_mask, args.temperature)
             if args.hidden_weight:
                 masks = {"encoder": inputs["attention_mask"].bool(), "decoder": target_mask}
                 terms = [

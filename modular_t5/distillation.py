@@ -1,26 +1,50 @@
 """Loss terms of distillation, as pure functions of tensors. Every one is a mean over the tokens that a mask leaves, 0 if none.
 
 Shapes: B batch, T tokens of a side, K tokens attended to, D d_model, N heads, V vocabulary. A mask is true where a token counts;
-padding never does.
+padding never does. Where the vocabulary is large beside the model, these terms are a good part of a step: what several of them, or several
+students of one teacher, have in common is an argument.
 """
 
+from typing import NamedTuple
+
 import torch
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import log_softmax
 
 
-def task_loss(student_BTV: torch.Tensor, labels_BT: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+def log_probabilities(logits_BTV: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Of the predictions, in float32: B, T, V."""
+    return log_softmax(logits_BTV.float() / temperature if temperature != 1 else logits_BTV.float(), dim=-1)
+
+
+class Taught(NamedTuple):
+    """A teacher's predictions at a temperature: their probabilities (B, T, V), and at every token the sum of p log p (B, T)."""
+
+    probabilities: torch.Tensor
+    negative_entropy: torch.Tensor
+
+    @classmethod
+    def of(cls, logits_BTV: torch.Tensor, temperature: float = 1.0) -> "Taught":
+        logs_BTV = log_probabilities(logits_BTV, temperature)
+        probabilities_BTV = logs_BTV.exp()
+        return cls(probabilities_BTV, (probabilities_BTV * logs_BTV).sum(-1))
+
+
+def task_loss(log_probabilities_BTV: torch.Tensor, labels_BT: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Cross-entropy with the labels; -100 is padding."""
-    total = cross_entropy(student_BTV.flatten(0, 1).float(), labels_BT.flatten(), reduction="sum", label_smoothing=label_smoothing)
-    return total / _count(labels_BT != -100)
+    mask_BT = labels_BT != -100
+    losses_BT = -log_probabilities_BTV.gather(-1, labels_BT.where(mask_BT, 0)[..., None])[..., 0]
+    if label_smoothing:
+        losses_BT = (1 - label_smoothing) * losses_BT - label_smoothing * log_probabilities_BTV.mean(-1)
+    return _mean(losses_BT, mask_BT)
 
 
-def logit_loss(student_BTV: torch.Tensor, teacher_BTV: torch.Tensor, mask_BT: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """KL(teacher || student) at a temperature, times its square so that gradients keep their scale.
+def logit_loss(log_probabilities_BTV: torch.Tensor, taught: Taught, mask_BT: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """KL(teacher || student), both at a temperature, times its square so that gradients keep their scale.
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531.
     """
-    student, teacher = (log_softmax(logits[mask_BT].float() / temperature, dim=-1) for logits in (student_BTV, teacher_BTV))
-    return kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2 / _count(mask_BT)
+    divergence_BT = taught.negative_entropy - (taught.probabilities * log_probabilities_BTV).sum(-1)
+    return _mean(divergence_BT, mask_BT) * temperature**2
 
 
 def hidden_state_loss(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
@@ -41,6 +65,10 @@ def attention_loss(student_BNTK: torch.Tensor, teacher_BNTK: torch.Tensor, mask_
     """
     student, teacher = (maps.float().transpose(1, 2)[mask_BT] for maps in (student_BNTK, teacher_BNTK))
     return (student - teacher).square().sum(-1).mean(-1).sum() / _count(mask_BT)
+
+
+def _mean(losses_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    return losses_BT.where(mask_BT, 0).sum() / _count(mask_BT)
 
 
 def _count(mask: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from .adapters import add_adapters
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
 from .checkpoints import CheckpointingTrainer
 from .configuration_modular_t5 import ModularT5Config
-from .distillation import attention_loss, hidden_state_loss, logit_loss, task_loss
+from .distillation import Taught, attention_loss, hidden_state_loss, log_probabilities, logit_loss, task_loss
 from .frontier import environment
 from .layout_modular_t5 import own_part_of, running_own_parts
 from .model_card import bank_card, measured_in
@@ -51,10 +51,11 @@ _REFUSED = {
 }
 
 
-class _Taught(NamedTuple):
-    """What the teacher put out, and what passed between its layers."""
+class _Lesson(NamedTuple):
+    """What the teacher's pass left: its encoder's output, its predictions if they are learned, what passed between its layers."""
 
-    outputs: Seq2SeqLMOutput
+    encoder_last_hidden_state: torch.Tensor
+    predictions: Taught | None
     records: dict[str, SideRecord]
 
 
@@ -63,7 +64,7 @@ class _Turn(NamedTuple):
 
     plan: AssemblyPlan
     share: float
-    taught: _Taught | None
+    lesson: _Lesson | None
 
 
 class ModularTrainer(CheckpointingTrainer):
@@ -328,8 +329,8 @@ class ModularTrainer(CheckpointingTrainer):
             if self.label_smoother is not None and "labels" in inputs:  # which the Trainer will then not pass on
                 inputs = self._with_decoder_inputs(inputs)
             return super().compute_loss(model, inputs, return_outputs)
-        plan, share, taught = self._turn or self._turns(model, self.plans_of_step(self.state.global_step)[:1], inputs)[0]
-        terms, outputs = self._loss_terms(model, plan, inputs, taught)
+        plan, share, lesson = self._turn or self._turns(model, self.plans_of_step(self.state.global_step)[:1], inputs)[0]
+        terms, outputs = self._loss_terms(model, plan, inputs, lesson)
 
         if num_items_in_batch is not None:
             of_all = self.args.average_tokens_across_devices or self.accelerator.num_processes == 1
@@ -354,7 +355,7 @@ class ModularTrainer(CheckpointingTrainer):
 
     def _turns(self, model: nn.Module, plans: Sequence[AssemblyPlan], inputs: Mapping[str, Any]) -> list[_Turn]:
         """Of plans that run on the same examples, after one pass of the teacher, recorded wherever one of them needs it."""
-        args, bank, taught = self.args, self.bank, None
+        args, bank, lesson = self.args, self.bank, None
         if not self._checked:
             _check_batch(inputs, bank.config)
             self._checked = True
@@ -366,11 +367,13 @@ class ModularTrainer(CheckpointingTrainer):
             }
             bank.eval()
             with torch.no_grad(), recording(bank, self._shape.teacher, ends, attention=bool(args.attention_weight)) as records:
-                taught = _Taught(model(**self._passed(inputs)), records)
-        return [_Turn(plan, 1 / len(plans), taught) for plan in plans]
+                outputs = model(**self._passed(inputs))
+                predictions = Taught.of(outputs.logits, args.temperature) if args.logit_weight else None
+            lesson = _Lesson(outputs.encoder_last_hidden_state, predictions, records)
+        return [_Turn(plan, 1 / len(plans), lesson) for plan in plans]
 
     def _loss_terms(
-        self, model: nn.Module, plan: AssemblyPlan, inputs: Mapping[str, Any], taught: _Taught | None
+        self, model: nn.Module, plan: AssemblyPlan, inputs: Mapping[str, Any], lesson: _Lesson | None
     ) -> tuple[dict[str, torch.Tensor], Seq2SeqLMOutput]:
         """Every term that has a weight, by its name in the log, and what the plan put out."""
         args, bank = self.args, self.bank
@@ -378,24 +381,25 @@ class ModularTrainer(CheckpointingTrainer):
         module_ends = {side: _module_ends(plan, side) for side in SIDES}
         attention = bool(args.attention_weight)
         replays, reused = {}, {}
-        if taught is not None:
+        if lesson is not None:
             shared = _shared_with_teacher(plan)
-            replays = {side: (layers, Replay(taught.records[side].recorders[layers].passed)) for side, layers in shared.items() if layers}
+            replays = {side: (layers, Replay(lesson.records[side].recorders[layers].passed)) for side, layers in shared.items() if layers}
             if shared["encoder"] == len(plan.encoder):
-                reused["encoder_outputs"] = BaseModelOutput(taught.outputs.encoder_last_hidden_state)
+                reused["encoder_outputs"] = BaseModelOutput(lesson.encoder_last_hidden_state)
         bank.eval()
         self._set_training_modes(plan)
         with recording(bank, plan, module_ends, replays=replays, attention=attention) as of_student:
             student = model(**self._passed(inputs), **reused)
 
         terms, target_mask = {}, labels != -100
+        logs = {at: log_probabilities(student.logits, at) for at in args.temperatures}
         if args.task_weight:
-            terms["task_loss"] = task_loss(student.logits, labels, args.label_smoothing_factor)
+            terms["task_loss"] = task_loss(logs[1], labels, args.label_smoothing_factor)
         if args.logit_weight:
-            terms["logit_loss"] = logit_loss(student.logits, taught.outputs.logits, target_mask, args.temperature)
+            terms["logit_loss"] = logit_loss(logs[args.temperature], lesson.predictions, target_mask, args.temperature)
         masks = {"encoder": _source_mask(inputs, student), "decoder": target_mask}
         spans = [
-            (of_student[side], taught.records[side], end, masks[side]) for side in SIDES for end in module_ends[side] if taught is not None
+            (of_student[side], lesson.records[side], end, masks[side]) for side in SIDES for end in module_ends[side] if lesson is not None
         ]
         if args.hidden_weight:
             terms["hidden_loss"] = _mean([hidden_state_loss(ours.state(end), its.state(end), mask) for ours, its, end, mask in spans])

@@ -54,6 +54,11 @@ class DistillationArguments(Seq2SeqTrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor!r} trains nothing without the task's loss; set task_weight above 0"
             )
 
+    @property
+    def temperatures(self) -> set[float]:
+        """At which predictions are needed: 1 for the task's loss, that of the distillation for its own."""
+        return {temperature for temperature, weight in ((1, self.task_weight), (self.temperature, self.logit_weight)) if weight}
+
 
 def check_finite(name: str, value: Any) -> None:
     """A `ValueError` unless a dial is a finite number."""

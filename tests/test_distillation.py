@@ -6,7 +6,7 @@ import torch
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
-from modular_t5.distillation import attention_loss, hidden_state_loss, logit_loss, task_loss
+from modular_t5.distillation import Taught, attention_loss, hidden_state_loss, log_probabilities, logit_loss, task_loss
 
 
 MASK_BT = torch.tensor([[True, True, False, False], [True, True, True, False]])
@@ -20,15 +20,19 @@ def with_noise_in_the_padding(tensor):
 def test_logit_loss(temperature):
     student_BTV, teacher_BTV = torch.randn(2, 4, 7), torch.randn(2, 4, 7)
 
-    def log_probabilities(logits):
+    def reference(logits):
         scaled = logits.double().numpy()[MASK_BT.numpy()] / temperature
         return scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
 
-    p, q = log_probabilities(teacher_BTV), log_probabilities(student_BTV)
+    p, q = reference(teacher_BTV), reference(student_BTV)
     wanted = (np.exp(p) * (p - q)).sum(-1).mean() * temperature**2
-    found = logit_loss(with_noise_in_the_padding(student_BTV), with_noise_in_the_padding(teacher_BTV), MASK_BT, temperature)
+
+    def loss(student, teacher):
+        return logit_loss(log_probabilities(student, temperature), Taught.of(teacher, temperature), MASK_BT, temperature)
+
+    found = loss(with_noise_in_the_padding(student_BTV), with_noise_in_the_padding(teacher_BTV))
     assert found.item() == pytest.approx(wanted, rel=1e-5)
-    assert logit_loss(teacher_BTV, teacher_BTV, MASK_BT, temperature).item() == pytest.approx(0, abs=1e-6)
+    assert loss(teacher_BTV, teacher_BTV).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_hidden_state_loss():
@@ -54,10 +58,12 @@ def test_attention_loss():
 def test_task_loss(smoothing):
     logits_BTV = torch.randn(2, 4, 7)
     labels_BT = torch.where(MASK_BT, torch.randint(7, (2, 4)), -100)
-    log_probabilities = logits_BTV.double().log_softmax(-1).numpy()[MASK_BT.numpy()]
-    of_labels = log_probabilities[np.arange(len(log_probabilities)), labels_BT[MASK_BT].numpy()]
-    wanted = -(1 - smoothing) * of_labels.mean() - smoothing * log_probabilities.mean()
-    assert task_loss(with_noise_in_the_padding(logits_BTV), labels_BT, smoothing).item() == pytest.approx(wanted, rel=1e-5)
+    logs = logits_BTV.double().log_softmax(-1).numpy()[MASK_BT.numpy()]
+    of_labels = logs[np.arange(len(logs)), labels_BT[MASK_BT].numpy()]
+    wanted = -(1 - smoothing) * of_labels.mean() - smoothing * logs.mean()
+    assert task_loss(log_probabilities(with_noise_in_the_padding(logits_BTV)), labels_BT, smoothing).item() == pytest.approx(
+        wanted, rel=1e-5
+    )
     if smoothing:
         trainers = LabelSmoother(epsilon=smoothing)(Seq2SeqLMOutput(logits=logits_BTV), labels_BT.clone())
         assert trainers.item() == pytest.approx(wanted, rel=1e-5)
@@ -66,7 +72,8 @@ def test_task_loss(smoothing):
 def test_padding_alone_has_no_loss():
     nothing = torch.zeros(2, 4, dtype=torch.bool)
     logits, states, maps = torch.randn(2, 4, 7), torch.randn(2, 4, 5), torch.rand(2, 3, 4, 5)
-    assert task_loss(logits, torch.full((2, 4), -100)) == 0
-    assert logit_loss(logits, logits, nothing) == 0
+    logs = log_probabilities(logits)
+    assert task_loss(logs, torch.full((2, 4), -100)) == 0
+    assert logit_loss(logs, Taught.of(logits), nothing) == 0
     assert hidden_state_loss(states, states, nothing) == 0
     assert attention_loss(maps, maps, nothing) == 0

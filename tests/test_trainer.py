@@ -91,13 +91,13 @@ def test_the_teacher_runs_without_dropout_and_the_modules_with(tmp_path, monkeyp
     with torch.no_grad():
         wanted = bank(**batch).logits
 
-    dropping, teacher_logits = [], []  # of each pass: the names of what drops out; of the loss: what it compares with
+    dropping, lessons = [], []  # of each pass: the names of what drops out; of the loss: what it compares with
 
     def note_modes(model, *_):
         dropping.append([name for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and module.training])
 
     def note_teacher(student, teacher, *rest, loss=modular_t5.trainer.logit_loss):
-        teacher_logits.append(teacher)
+        lessons.append(teacher)
         return loss(student, teacher, *rest)
 
     monkeypatch.setattr(modular_t5.trainer, "logit_loss", note_teacher)
@@ -108,7 +108,7 @@ def test_the_teacher_runs_without_dropout_and_the_modules_with(tmp_path, monkeyp
     assert not of_teacher
     assert of_student
     assert all(".bank." in name for name in of_student)
-    assert torch.equal(teacher_logits[0], wanted)
+    assert torch.equal(lessons[0].probabilities, wanted.log_softmax(-1).exp())
 
 
 def test_by_default_nothing_drops_out(tmp_path):
