@@ -55,7 +55,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         if not model.training:
             outputs = model(**inputs)
             return (outputs.loss, outputs) if return_outputs else outputs.loss
-        distils = self.teacher is not None
+        distils = self.teacher is not None and bool(args.logit_weight or args.hidden_weight)
         passed = {name: value for name, value in inputs.items() if name != "labels"}
         passed.setdefault("decoder_input_ids", self.model.prepare_decoder_input_ids_from_labels(labels))
         passed |= {"use_cache": False, "output_hidden_states": distils and args.hidden_weight > 0}

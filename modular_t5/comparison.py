@@ -64,7 +64,9 @@ class ComparisonArguments:
         default=None,
         metadata={"help": "Sizes, such as 1x6/2x3, each with one span a side; six from the whole encoder to the smallest by default."},
     )
-    methods: list[str] | None = field(default=None, metadata={"help": "Rows of the table; by default all methods, without ablations."})
+    methods: list[str] | None = field(
+        default=None, metadata={"help": "Rows of the table; by default all methods. `ablations` alone stands for those of ours."}
+    )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of batches, dropout and plans; a run of everything each."})
     max_steps: int = field(default=1000, metadata={"help": "Optimizer steps of every run."})
     batch_size: int = field(default=64, metadata={"help": "Examples a step."})
@@ -75,7 +77,8 @@ class ComparisonArguments:
     output_dir: str = field(default="out/compare", metadata={"help": "Where runs and results go."})
 
     def __post_init__(self) -> None:
-        self.methods = list(METHODS) if self.methods is None else self.methods
+        if self.methods in (None, ["ablations"]):
+            self.methods = list(METHODS) if self.methods is None else ["modular", *ABLATIONS]
         for name in [*self.methods, *self.method_arguments]:
             if name not in ROWS:
                 raise ValueError(f"unknown method {name!r}; choose of {', '.join(ROWS)}")
@@ -394,14 +397,16 @@ class Comparison:
 
 def default_plans(shape: BankShape) -> list[AssemblyPlan]:
     """Sizes of one span a side: the decoder at the finest granularity, then both sides, the decoder further, and so on to the smallest."""
-    fine, coarse = ({side: shape.granularities[side][at] for side in SIDES} for at in (0, -1))
-    middle = {side: shape.granularities[side][max(len(shape.granularities[side]) - 2, 0)] for side in SIDES}
-    whole = dict.fromkeys(SIDES, 1)
-    pairs = [(whole, fine), (fine, fine), (whole, middle), (fine, middle), (middle, middle), (coarse, coarse)]
-    plans = [
-        AssemblyPlan(*((of[side],) * (shape.num_layers[side] // of[side]) for side, of in zip(SIDES, pair, strict=True))) for pair in pairs
-    ]
-    return list(dict.fromkeys(plans))
+
+    def spans_of(side: str) -> tuple[int, int, int, int]:
+        """An original layer, the finest granularity, the coarsest but one, the coarsest."""
+        known = shape.granularities[side] or (1,)
+        return 1, known[0], known[max(len(known) - 2, 0)], known[-1]
+
+    encoder, decoder = ([(span,) * (shape.num_layers[side] // span) for span in spans_of(side)] for side in SIDES)
+    pairs = [(0, 1), (1, 1), (0, 2), (1, 2), (2, 2), (3, 3)]
+    plans = [AssemblyPlan(encoder[of_encoder], decoder[of_decoder]) for of_encoder, of_decoder in pairs]
+    return [plan for plan in dict.fromkeys(plans) if plan != shape.teacher]
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -481,14 +486,15 @@ METHODS: dict[str, Method] = {
     ),
     "BERT-of-Theseus": Method(
         _theseus,
-        "modules of one size replace layers at random, ever more often, and learn from the labels",
+        "modules of one size replace layers at random, ever more often until half-time, and learn from the labels",
         {
             "learning_rate": 1e-3,
             "logit_weight": 0.0,
             "hidden_weight": 0.0,
+            "plan_sampling": "mixed",
+            "plans_per_step": 1,
             "replacing_rate": 0.5,
-            "replacing_rate_schedule": "linear",
-            "curriculum": "uniform",
+            "replacing_rate_schedule": "ramp",
         },
     ),
     "LayerDrop": Method(

@@ -7,8 +7,8 @@ import torch
 from conftest import make_teacher
 from transformers import AutoTokenizer
 
-from modular_t5 import cli
-from modular_t5.comparison import ABLATIONS, METHODS, Comparison, ComparisonArguments, Stopwatch
+from modular_t5 import BankShape, cli
+from modular_t5.comparison import ABLATIONS, METHODS, Comparison, ComparisonArguments, Stopwatch, default_plans
 
 
 SIZES = ["1x6/2x3", "2x3/2x3", "1x6/3x2", "2x3/3x2", "3x2/3x2", "6x1/6x1"]
@@ -42,7 +42,8 @@ def given(tmp_path, pico_tokenizer):
 
 def test_the_whole_comparison(given, tmp_path, capsys):
     methods = [*METHODS, *ABLATIONS]
-    assert cli.main(["compare", str(tmp_path / "arguments.json"), "--methods", *methods]) == 0
+    file = str(tmp_path / "arguments.json")
+    assert cli.main(["compare", file, "--methods", *methods]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [plan for plan in results["costs"] if plan != "1x6/1x6"] == SIZES
     assert list(results["rows"]) == methods
@@ -66,6 +67,18 @@ def test_the_whole_comparison(given, tmp_path, capsys):
 
 def comparison(given, **changes):
     return Comparison(ComparisonArguments(**{**given, "plans": ["2x3/2x3"], "methods": ["distillation", "modular"], **changes}))
+
+
+def test_sizes_that_nobody_names():
+    def shape(layers, granularities):
+        return BankShape(layers, granularities, {"encoder": 1, "decoder": 1}, 0)
+
+    twelve = shape({"encoder": 12, "decoder": 12}, dict.fromkeys(("encoder", "decoder"), (2, 3, 4, 6)))
+    assert list(map(str, default_plans(twelve))) == ["1x12/2x6", "2x6/2x6", "1x12/4x3", "2x6/4x3", "4x3/4x3", "6x2/6x2"]
+    uneven = shape({"encoder": 6, "decoder": 2}, {"encoder": (2, 3, 6), "decoder": (2,)})
+    assert list(map(str, default_plans(uneven))) == ["1x6/2x1", "2x3/2x1", "3x2/2x1", "6x1/2x1"]
+    one_side = shape({"encoder": 6, "decoder": 5}, {"encoder": (2, 3, 6), "decoder": ()})
+    assert list(map(str, default_plans(one_side))) == ["2x3/1x5", "3x2/1x5", "6x1/1x5"]
 
 
 def test_what_is_done_is_not_done_again(given, monkeypatch):
