@@ -206,9 +206,11 @@ def measured(shape: str, args: argparse.Namespace) -> dict[str, Any]:
         **{"output_dir": "out/training-step", "report_to": "none", "save_strategy": "no", "bf16": args.bf16, "learning_rate": 1e-6},
         **{"use_cpu": device == "cpu", "dataloader_pin_memory": False, "max_steps": WHOLE_TRAINING, "seed": args.seed},
     }
-    paper = {"plans_per_step": 1, "plan_sampling": "mixed"}
+    arguments["module_dropout"] = True  # the distillation's student has it too
+    paper = {"plans_per_step": 1, "plan_sampling": "mixed", "replacing_rate": 0.7, "curriculum": "coarse-to-fine"}
     ours = ModularTrainer(model=bank, args=ModularTrainingArguments(**arguments, **paper))
     defaults = ModularTrainer(model=copy.deepcopy(bank), args=ModularTrainingArguments(**arguments))
+    del arguments["module_dropout"]
     plain = DistillationTrainer(student, DistillationArguments(**arguments), teacher=teacher, plan=AssemblyPlan.from_any(half))
     for trainer in (ours, defaults, plain):
         trainer.state.max_steps = WHOLE_TRAINING

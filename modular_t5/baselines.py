@@ -42,6 +42,8 @@ class DistillationTrainer(Seq2SeqTrainer):
         super().__init__(model, args, **kwargs)
         if teacher is not None and plan is None:
             raise ValueError("a teacher's hidden states are compared where the plan says; pass it")
+        if teacher is None and (args.logit_weight or args.hidden_weight):
+            raise ValueError("logit_weight and hidden_weight do nothing without a teacher; pass one, or set them to 0")
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
         self.plan = plan
         # Every loss here is a mean over the tokens of a batch; the Trainer is to average over batches.
@@ -55,14 +57,15 @@ class DistillationTrainer(Seq2SeqTrainer):
         if not model.training:
             outputs = model(**inputs)
             return (outputs.loss, outputs) if return_outputs else outputs.loss
-        distils = self.teacher is not None and bool(args.logit_weight or args.hidden_weight)
         passed = {name: value for name, value in inputs.items() if name != "labels"}
         passed.setdefault("decoder_input_ids", self.model.prepare_decoder_input_ids_from_labels(labels))
-        passed |= {"use_cache": False, "output_hidden_states": distils and args.hidden_weight > 0}
+        passed |= {"use_cache": False, "output_hidden_states": args.hidden_weight > 0}
         outputs = model(**passed)
-        logs = {at: log_probabilities(outputs.logits, at) for at in {1, args.temperature}}
-        loss = args.task_weight * task_loss(logs[1], labels, args.label_smoothing_factor)
-        if distils:
+        logs = {at: log_probabilities(outputs.logits, at) for at in args.temperatures}
+        loss: Any = 0.0
+        if args.task_weight:
+            loss = args.task_weight * task_loss(logs[1], labels, args.label_smoothing_factor)
+        if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 taught = self.teacher(**passed)
             target_mask = labels != -100

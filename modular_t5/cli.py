@@ -18,7 +18,7 @@ from transformers.utils import CONFIG_NAME
 
 from .assembly_modular_t5 import SIDES, STRATEGIES, PlanReport, canonical_tilings, resolve_plan
 from .comparison import Comparison, ComparisonArguments
-from .comparison_results import table
+from .comparison_results import tables
 from .configuration_modular_t5 import ModularT5Config
 from .frontier import standard_sizes
 from .layout_modular_t5 import parameter_map
@@ -166,7 +166,7 @@ def compare(args: argparse.Namespace) -> Outcome:
         raise ValueError(f"--{missing[0].replace('_', '-')} is missing, on the command line and in a file of arguments")
     comparison = Comparison(ComparisonArguments(**given))
     results = comparison.run()
-    return results, table(results), 0
+    return results, tables(results), 0
 
 
 def _is_bank(folder: Path) -> bool:

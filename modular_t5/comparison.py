@@ -1,49 +1,41 @@
 """Train once against train-per-size: every method from the same teacher, on the same data, with the same number of steps a run.
 
 A run is one training; its models are scored as soon as it ends, and what it leaves is one file, `run.json`. A comparison that is started
-again does what is missing, and what began in the middle continues from its last checkpoint.
+again does what is missing, and what began in the middle continues from its last checkpoint. A step of Modular T5 runs several plans, so
+that equal steps are not equal work: passes of a student and seconds are counted too.
 """
 
 import dataclasses
 import hashlib
 import json
-import os
-import random
 import shutil
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    T5ForConditionalGeneration,
-    TrainerCallback,
-    set_seed,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape, tilings
-from .baselines import DistillationTrainer, LayerDropTrainer, set_dropout
-from .comparison_results import plot, scored, table
+from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
+from .comparison_methods import ABLATIONS, METHODS, ROWS, Run, Spent, Workshop, folder_name, write_json
+from .comparison_results import plot, scored, tables
 from .frontier import environment, generate_texts, measure_speed, picture
-from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .pairs import Pairs, sacrebleu
-from .trainer import ModularTrainer
-from .training_args import DistillationArguments, ModularTrainingArguments
 
 
 DECODINGS = {"greedy": 1, "beam 4": 4}  # name -> num_beams
 
-# In the folder of a run, what it left; in that of the comparison, what the teacher makes of the training split, and the results.
-RUN_FILE, BEAMS_FILE, RESULTS_FILE = "run.json", "teacher-beams.json", "results.json"
+# In the folder of a run, what it is and what it left; in that of the comparison, the teacher's beams for training, and what came out.
+SETTINGS_FILE, RUN_FILE = "settings.json", "run.json"
+BEAMS_FILE, RESULTS_FILE, TABLE_FILE, PICTURE_FILE = "teacher-beams.json", "results.json", "table.md", "picture.png"
 
-Models = Mapping[AssemblyPlan, T5ForConditionalGeneration]
+# Of the package, what the outcome of a run does not depend on.
+_ELSEWHERE = ("cli.py", "model_card.py", "rebuilding.py", "comparison.py", "comparison_results.py", "frontier.py", "significance.py")
 
 
 @dataclass
@@ -62,7 +54,7 @@ class ComparisonArguments:
     granularities: list[int] | None = field(default=None, metadata={"help": "Of the bank; those of 2, 3, 4, 6 that fit by default."})
     plans: list[str] | None = field(
         default=None,
-        metadata={"help": "Sizes, such as 1x6/2x3, each with one span a side; six from the whole encoder to the smallest by default."},
+        metadata={"help": "Sizes, such as 1x6/2x3, each with one span a side; by default six from the whole encoder to the smallest."},
     )
     methods: list[str] | None = field(
         default=None, metadata={"help": "Rows of the table; by default all methods. `ablations` alone stands for those of ours."}
@@ -89,61 +81,14 @@ class ComparisonArguments:
             raise ValueError(f"seeds must be at least one, and different, got {self.seeds}")
 
 
-class Stopwatch(TrainerCallback):
-    """Seconds of a training over all its restarts: what is lost by a kill is not counted, as its steps are not."""
-
-    _FILE = "seconds.json"
-
-    def __init__(self, resumed_from: str | None):
-        self._before = json.loads(Path(resumed_from, self._FILE).read_text()) if resumed_from else 0.0
-        self._began = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return self._before + time.perf_counter() - self._began
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._began = time.perf_counter()
-
-    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if checkpoint.is_dir():
-            (checkpoint / self._FILE).write_text(json.dumps(self.seconds))
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training of a method: for these sizes, with this seed, in this folder."""
-
-    method: str
-    plans: tuple[AssemblyPlan, ...]
-    seed: int
-    arguments: Mapping[str, Any]
-    folder: Path
-
-
-class Method(NamedTuple):
-    """A row of the table.
-
-    Args:
-        models: what a run makes: a stock T5 for each of its plans, and the seconds that the training took.
-        arguments: of the method (`own`) and of its trainer.
-        per_size: whether every size takes a run of its own.
-        own: names of arguments that are not the trainer's.
-    """
-
-    models: Callable[["Comparison", Run], tuple[Models, float]]
-    description: str
-    arguments: Mapping[str, Any] = {}
-    per_size: bool = True
-
-
 class Comparison:
     """Runs methods and collects what they reached."""
 
     def __init__(self, args: ComparisonArguments):
         sacrebleu()  # what is not installed had better be missed now
         picture("a comparison")
+        if torch.cuda.device_count() > 1:
+            raise ValueError("a comparison runs on one GPU, and several are in sight; set CUDA_VISIBLE_DEVICES to one of them")
         self.args = args
         self.folder = Path(args.output_dir)
         self.teacher = AutoModelForSeq2SeqLM.from_pretrained(args.teacher, dtype=torch.float32).eval()
@@ -153,7 +98,21 @@ class Comparison:
             Pairs.read(file, args.source_lang, args.target_lang, prefix=args.source_prefix) for file in (args.train_file, args.test_file)
         )
         self.test = test.head(args.max_test_examples)
-        self.shape: BankShape = self.new_bank(args.granularities).shape
+        training = {
+            "max_steps": args.max_steps,
+            "per_device_train_batch_size": args.batch_size,
+            "train_sampling_strategy": "group_by_length",
+            "warmup_steps": args.max_steps // 20,
+            "save_steps": max(1, args.max_steps // 5),
+            "save_total_limit": 2,  # the newer may be torn
+            "report_to": "none",
+            "disable_tqdm": True,
+            "bf16": args.bf16,
+            "use_cpu": not torch.cuda.is_available(),
+            "dataloader_pin_memory": torch.cuda.is_available(),
+        }
+        self.workshop = Workshop(self.teacher, self.tokenizer, args.granularities, self.examples, training)
+        self.shape: BankShape = self.workshop.new_bank().shape
         self.plans = tuple(default_plans(self.shape) if args.plans is None else map(self._checked_plan, args.plans))
 
     def _checked_plan(self, name: str) -> AssemblyPlan:
@@ -164,165 +123,132 @@ class Comparison:
             )
         return plan
 
-    # -- what methods are made of ------------------------------------------------------------------------------------------
-
-    def new_bank(self, granularities: Sequence[int] | Mapping[str, Sequence[int]] | None) -> ModularT5ForConditionalGeneration:
-        """Around the teacher, modules untrained."""
-        return ModularT5ForConditionalGeneration.from_t5(self.teacher, granularities).to(self.teacher.device)
-
-    def student(self, plan: AssemblyPlan) -> T5ForConditionalGeneration:
-        """A stock T5 made of the layers of the teacher that the modules of the plan start as."""
-        return self.new_bank({side: sorted({*plan.spans(side)} - {1}) for side in SIDES}).assemble(plan)
-
-    def fitted(self, trainer_class: type, model: Any, run: Run, arguments_class: type, **kwargs: Any) -> float:
-        """Train a model by a run's arguments, from the last checkpoint if there is one; returns the seconds it took in all."""
-        args, given = self.args, dict(run.arguments)
-        targets, dropout = given.pop("targets", "labels"), given.pop("dropout_rate", 0.0)
-        set_dropout(model, dropout, inner=0.0)
-        if args.bf16:
-            model.set_attn_implementation("eager")  # the other's gradients are slow in bfloat16 on a CPU
-        checkpoint = get_last_checkpoint(run.folder) if run.folder.is_dir() else None
-        stopwatch = Stopwatch(checkpoint)
-        set_seed(run.seed)
-        trainer = trainer_class(
-            model=model,
-            args=arguments_class(
-                **{
-                    "output_dir": str(run.folder),
-                    "max_steps": args.max_steps,
-                    "per_device_train_batch_size": args.batch_size,
-                    "train_sampling_strategy": "group_by_length",
-                    "warmup_steps": args.max_steps // 20,
-                    "logging_steps": max(1, args.max_steps // 20),
-                    "save_steps": max(1, args.max_steps // 5),
-                    "save_total_limit": 1,
-                    "report_to": "none",
-                    "disable_tqdm": True,
-                    "bf16": args.bf16,
-                    "use_cpu": not torch.cuda.is_available(),
-                    "dataloader_pin_memory": torch.cuda.is_available(),
-                    "seed": run.seed,
-                    **given,
-                }
-            ),
-            train_dataset=self.examples(targets),
-            data_collator=DataCollatorForSeq2Seq(self.tokenizer, model=model),
-            callbacks=[stopwatch],
-            **kwargs,
-        )
-        trainer.train(resume_from_checkpoint=checkpoint)
-        return stopwatch.seconds
+    # -- data --------------------------------------------------------------------------------------------------------------
 
     def examples(self, targets: str) -> Any:
         """The training split: with its `labels`, with the teacher's `beams` in their place, or `both`, one after the other."""
-        of = {"labels": lambda: [self.train], "beams": lambda: [self.taught], "both": lambda: [self.train, self.taught]}
-        if targets not in of:
-            raise ValueError(f"unknown targets {targets!r}; choose one of {', '.join(of)}")
-        parts = of[targets]()
+        parts = [pairs() for name, pairs in (("labels", lambda: self.train), ("beams", lambda: self.taught)) if targets in (name, "both")]
         pairs = Pairs([source for part in parts for source in part.sources], [target for part in parts for target in part.targets])
         return pairs.tokenized(self.tokenizer, self.args.max_source_length, self.args.max_target_length)
 
     @cached_property
     def taught(self) -> Pairs:
         """The sources with what the teacher makes of them by beam search; made once and kept."""
-        file = self.folder / BEAMS_FILE
+        file, num_beams = self.folder / BEAMS_FILE, DECODINGS["beam 4"]
+        lengths = {name: getattr(self.args, name) for name in ("max_source_length", "max_target_length")}
+        settings = {name: of for name, of in self._fingerprints.items() if name != "test_sha256"} | lengths | {"num_beams": num_beams}
         if not file.exists():
             started = time.perf_counter()
-            texts = self.texts_of(self.teacher, self.train.sources, DECODINGS["beam 4"], "Teacher's beams")
-            write_json(file, {**environment(), "seconds": time.perf_counter() - started, "texts": texts})
-        return Pairs(self.train.sources, json.loads(file.read_text(encoding="utf-8"))["texts"])
+            texts = self.texts_of(self.teacher, self.train.sources, num_beams, "Teacher's beams")
+            seconds = time.perf_counter() - started
+            write_json(file, {**environment(), "settings": settings, "seconds": seconds, "texts": texts})
+        stored = _read(file, ("settings", "texts"))
+        _check_same(file, stored["settings"], settings)
+        return Pairs(self.train.sources, stored["texts"])
 
     def texts_of(self, model: Any, sources: Sequence[str], num_beams: int, description: str) -> list[str]:
         """What a model makes of sources."""
         lengths = {"max_new_tokens": self.args.max_target_length, "max_source_length": self.args.max_source_length}
         return generate_texts(model.eval(), self.tokenizer, sources, num_beams=num_beams, description=description, **lengths)
 
+    @cached_property
+    def _fingerprints(self) -> dict[str, str]:
+        """SHA-256 of teacher, tokenizer and texts."""
+        teacher = hashlib.sha256()
+        for name, tensor in sorted(self.teacher.state_dict().items()):
+            teacher.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        described = {
+            "tokenizer": [self.tokenizer.get_vocab(), self.tokenizer.special_tokens_map],
+            "generation": self.teacher.generation_config.to_dict(),
+            "train": self.train,
+            "test": self.test,
+        }
+        hashes = {name: hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()) for name, of in described.items()}
+        return {f"{name}_sha256": digest.hexdigest() for name, digest in {"teacher": teacher, **hashes}.items()}
+
     # -- running -----------------------------------------------------------------------------------------------------------
 
+    @cached_property
     def runs(self) -> list[Run]:
-        """Every training of the table, methods in their order."""
+        """Every run of the table, methods in their order."""
         runs = []
         for seed in self.args.seeds:
             for name in self.args.methods:
-                row = ROWS[name]
-                arguments = {**row.arguments, **self.args.method_arguments.get(name, {})}
-                plans = self.plans_of(arguments)
-                for of_run in [(plan,) for plan in plans] if row.per_size else [plans]:
-                    size = "-".join(map(str, of_run[0].depths)) if row.per_size else "all"
-                    folder = self.folder / "runs" / name.replace(" ", "-").replace(",", "").replace("'", "") / size / f"seed-{seed}"
-                    runs.append(Run(name, of_run, seed, arguments, folder))
+                given = self.args.method_arguments.get(name, {})
+                plans = self.plans_of({**ROWS[name].arguments, **given})
+                for of_run in [(plan,) for plan in plans] if ROWS[name].per_size else [plans]:
+                    size = "-".join(map(str, of_run[0].depths)) if ROWS[name].per_size else "all"
+                    runs.append(Run.of(name, of_run, seed, given, self.folder / "runs" / folder_name(name) / size / f"seed-{seed}"))
         return runs
 
     def plans_of(self, arguments: Mapping[str, Any]) -> tuple[AssemblyPlan, ...]:
-        """The sizes that a bank of fewer granularities has too."""
-        known = {1, *(arguments.get("granularities") or sum(self.shape.granularities.values(), ()))}
-        return tuple(plan for plan in self.plans if {*plan.encoder, *plan.decoder} <= known)
+        """The sizes that a bank of a method's granularities has too.
+
+        Raises:
+            ValueError: it has none of them.
+        """
+        granularities = arguments.get("granularities")
+        known = {1, *(sum(self.shape.granularities.values(), ()) if granularities is None else granularities)}
+        plans = tuple(plan for plan in self.plans if {*plan.encoder, *plan.decoder} <= known)
+        if not plans:
+            raise ValueError(f"granularities {granularities} make none of the sizes {', '.join(map(str, self.plans))}")
+        return plans
 
     def run(self) -> dict[str, Any]:
-        """Do what is missing; returns the results, which are also in the folder, as results.json, table.md and picture.png."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for run in self.runs():
-            if not self.is_done(run):
-                print(f"== {run.method}, {', '.join('-'.join(map(str, plan.depths)) for plan in run.plans)}, seed {run.seed}", flush=True)
-                self.do(run)
+        """Do what is missing; returns the results, which are also in the folder, with a table and a picture."""
+        missing = [run for run in self.runs if not self.is_done(run)]  # what does not fit is said before anything is trained
+        for run in missing:
+            self.workshop.arguments_of(run)
+        for number, run in enumerate(missing, start=1):
+            sizes = ", ".join("-".join(map(str, plan.depths)) for plan in run.plans)
+            print(f"run {number} of {len(missing)}: {run.method}, {sizes}, seed {run.seed}", file=sys.stderr, flush=True)
+            self.do(run)
         results = self.results()
         write_json(self.folder / RESULTS_FILE, results)
-        (self.folder / "table.md").write_text(table(results) + "\n", encoding="utf-8")
-        plot(results, self.folder / "picture.png", title=f"One training of {self.args.max_steps} steps against one a size")
+        (self.folder / TABLE_FILE).write_text(tables(results) + "\n", encoding="utf-8")
+        plot(results, self.folder / PICTURE_FILE, title=f"{self.args.max_steps} steps a training")
         return results
 
     def is_done(self, run: Run) -> bool:
         """Whether a run is there.
 
         Raises:
-            ValueError: it is, but of other settings, teacher, data or versions: a table must not be half old, half new.
+            ValueError: it is, or began, with other settings, teacher, data, versions or code: a table must not be half old, half new.
         """
-        if not (run.folder / RUN_FILE).exists():
-            return False
-        stored = self.stored(run)["settings"]
-        settings = json.loads(json.dumps(self.settings_of(run)))
-        if different := sorted(name for name in {*stored, *settings} if stored.get(name) != settings.get(name)):
-            raise ValueError(
-                f"{run.folder} holds a run with other {', '.join(different)}; take another output_dir, or remove it to run it anew"
-            )
-        return True
+        began = run.folder / SETTINGS_FILE
+        if began.exists():
+            _check_same(run.folder, _read(began, ()), self.settings_of(run))
+        return (run.folder / RUN_FILE).exists()
 
     def stored(self, run: Run) -> dict[str, Any]:
         """What a run left."""
-        file = run.folder / RUN_FILE
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            return {name: stored[name] for name in ("settings", "steps", "seconds", "hardware", "texts")}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is not what a run leaves ({error!r}); remove it to run it anew") from error
+        return _read(run.folder / RUN_FILE, ("spent", "hardware", "texts"))
 
     def settings_of(self, run: Run) -> dict[str, Any]:
         """All that a run's outcome depends on."""
-        of_all = ("max_source_length", "max_target_length", "max_test_examples", "granularities", "max_steps", "batch_size", "bf16")
-        return {
+        of_all = ("max_source_length", "max_target_length", "max_test_examples", "granularities")
+        arguments = self.workshop.arguments_of(run)
+        code = hashlib.sha256()
+        for file in sorted(Path(__file__).parent.glob("*.py")):
+            if file.name not in _ELSEWHERE:
+                code.update(file.read_bytes())
+        settings = {
             "method": run.method,
             "plans": list(map(str, run.plans)),
             "seed": run.seed,
-            "arguments": dict(run.arguments),
+            "own": dict(run.own),
+            "arguments": {} if arguments is None else arguments.to_dict() | {"output_dir": None, "logging_dir": None},
             **{name: getattr(self.args, name) for name in of_all},
             **self._fingerprints,
-            "versions": environment()["versions"],
+            "code_sha256": code.hexdigest(),
+            "versions": {**environment()["versions"], **{name: version(name) for name in ("accelerate", "sacrebleu")}},
         }
-
-    @cached_property
-    def _fingerprints(self) -> dict[str, str]:
-        teacher = hashlib.sha256()
-        for name, tensor in sorted(self.teacher.state_dict().items()):
-            teacher.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        texts = {"train": self.train, "test": self.test}
-        return {
-            "teacher_sha256": teacher.hexdigest(),
-            **{f"{name}_sha256": hashlib.sha256(json.dumps(pairs).encode()).hexdigest() for name, pairs in texts.items()},
-        }
+        return json.loads(json.dumps(settings, default=str))
 
     def do(self, run: Run) -> None:
         """Train, score every size, and leave `run.json`."""
-        models, seconds = ROWS[run.method].models(self, run)
+        write_json(run.folder / SETTINGS_FILE, self.settings_of(run))
+        models, spent = ROWS[run.method].models(self.workshop, run)
         texts = {
             str(plan): {
                 decoding: self.texts_of(model, self.test.sources, beams, f"{run.method}, {plan}, {decoding}")
@@ -330,42 +256,43 @@ class Comparison:
             }
             for plan, model in models.items()
         }
-        steps = self.args.max_steps if seconds else 0
-        written = {**environment(), "settings": self.settings_of(run), "steps": steps, "seconds": seconds, "texts": texts}
-        write_json(run.folder / RUN_FILE, written)
+        write_json(run.folder / RUN_FILE, {**environment(), "spent": dataclasses.asdict(spent), "texts": texts})
         for checkpoint in run.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 
     # -- what came out -----------------------------------------------------------------------------------------------------
 
     def results(self) -> dict[str, Any]:
-        """Scores, costs and speeds of every row whose runs are all there."""
+        """Scores, costs and speeds of every row."""
         texts_of_teacher = {
-            name: self.texts_of(self.teacher, self.test.sources, beams, f"teacher, {name}") for name, beams in DECODINGS.items()
+            decoding: self.texts_of(self.teacher, self.test.sources, beams, f"teacher, {decoding}") for decoding, beams in DECODINGS.items()
         }
         rows = {}
         for name in self.args.methods:
-            runs = [run for run in self.runs() if run.method == name]
+            runs = [run for run in self.runs if run.method == name]
             stored = [self.stored(run) for run in runs]
-            seeds = len(self.args.seeds)
+            seeds, (first, *_) = len(self.args.seeds), runs
+            spent = [Spent(**each["spent"]) for each in stored]
+            taught = first.own.get("targets", "labels") != "labels"
+            beams = _read(self.folder / BEAMS_FILE, ("seconds",))["seconds"] if taught else 0.0
             rows[name] = {
                 "description": ROWS[name].description,
-                "arguments": dict(runs[0].arguments),
+                "arguments": {**first.own, **first.arguments},
                 "per_size": ROWS[name].per_size,
                 "runs": len(runs) // seeds,
-                "steps": sum(each["steps"] for each in stored) / seeds,
-                "seconds": sum(each["seconds"] for each in stored) / seeds,
+                "steps": sum(each.steps for each in spent) / seeds,
+                "passes": sum(each.passes for each in spent) / seeds,
+                "seconds": sum(each.seconds for each in spent) / seeds + beams,
+                "of_which_teachers_beams": beams,
                 "hardware": sorted({each["hardware"] for each in stored}),
                 "texts": {
                     str(plan): [each["texts"][str(plan)] for each in stored if str(plan) in each["texts"]]
-                    for plan in self.plans_of(runs[0].arguments)
+                    for plan in self.plans_of(first.own)
                 },
             }
-        taught = self.folder / BEAMS_FILE
         return {
             **environment(),
             "settings": {**dataclasses.asdict(self.args), **self._fingerprints},
-            "teacher_beams_seconds": json.loads(taught.read_text(encoding="utf-8"))["seconds"] if taught.exists() else None,
             "costs": self.costs(),
             **scored(rows, texts_of_teacher, self.test.targets),
         }
@@ -373,15 +300,13 @@ class Comparison:
     def costs(self) -> dict[str, dict[str, Any]]:
         """Of the teacher and every size: parameters, MB, ratio of layers, greedy tokens/s at batches of 1 and 32."""
         plans = (self.shape.teacher, *self.plans)
-        models = [self.teacher, *map(self.student, self.plans)]
+        models = [self.teacher, *(self.workshop.bank_for(plan).assemble(plan) for plan in self.plans)]
         speeds = {}
         for batch_size in (1, 32):
             inputs = self.tokenizer(
                 self.test.sources[:batch_size], return_tensors="pt", padding=True, truncation=True, max_length=self.args.max_source_length
-            )
-            speeds[batch_size] = measure_speed(
-                models, inputs.to(self.teacher.device), new_tokens=16, description=f"Timing, batch {batch_size}"
-            )
+            ).to(self.teacher.device)
+            speeds[batch_size] = measure_speed(models, inputs, new_tokens=16, description=f"Timing, batch {batch_size}")
         costs = {}
         for number, plan in enumerate(plans):
             report = self.shape.report(plan)
@@ -409,125 +334,26 @@ def default_plans(shape: BankShape) -> list[AssemblyPlan]:
     return [plan for plan in dict.fromkeys(plans) if plan != shape.teacher]
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+def _read(file: Path, needed: Sequence[str]) -> dict[str, Any]:
+    """A file that a comparison wrote; a `ValueError` if it is not whole."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        for name in needed:
+            document[name]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not what a comparison leaves ({error!r}); remove its folder, or the file if it is not a run's"
+        ) from error
+    return document
 
 
-# -- methods -----------------------------------------------------------------------------------------------------------
-
-
-def _layers_dropped(comparison: Comparison, run: Run) -> tuple[Models, float]:
-    return {plan: comparison.student(plan) for plan in run.plans}, 0.0
-
-
-def _distilled(comparison: Comparison, run: Run) -> tuple[Models, float]:
-    (plan,) = run.plans
-    student = comparison.student(plan)
-    seconds = comparison.fitted(DistillationTrainer, student, run, DistillationArguments, teacher=comparison.teacher, plan=plan)
-    return {plan: student}, seconds
-
-
-def _theseus(comparison: Comparison, run: Run) -> tuple[Models, float]:
-    (plan,) = run.plans
-    bank = comparison.new_bank({side: sorted({*plan.spans(side)} - {1}) for side in SIDES})
-    seconds = comparison.fitted(ModularTrainer, bank, run, ModularTrainingArguments)
-    return {plan: bank.assemble(plan)}, seconds
-
-
-def _layerdrop(comparison: Comparison, run: Run) -> tuple[Models, float]:
-    own = dict(run.arguments)
-    bank = comparison.new_bank(comparison.args.granularities)
-    whole = bank.assemble(comparison.shape.teacher)
-    trained = dataclasses.replace(run, arguments=own)
-    seconds = comparison.fitted(LayerDropTrainer, whole, trained, DistillationArguments, drop_rate=own.pop("drop_rate"))
-    pruned = ModularT5ForConditionalGeneration.from_t5(whole, comparison.args.granularities)
-    return {plan: pruned.assemble(plan) for plan in run.plans}, seconds
-
-
-def _modular(comparison: Comparison, run: Run) -> tuple[Models, float]:
-    own = dict(run.arguments)
-    bank = comparison.new_bank(own.pop("granularities", comparison.args.granularities))
-    shuffled = own.pop("random_order", False)
-    seconds = comparison.fitted(ModularTrainer, bank, dataclasses.replace(run, arguments=own), ModularTrainingArguments)
-    bank.save_pretrained(run.folder / "bank")
-    draw = random.Random(run.seed)
-    assembled = {plan: _random_order(bank.shape, plan, draw) if shuffled else plan for plan in run.plans}
-    return {plan: bank.assemble(actual) for plan, actual in assembled.items()}, seconds
-
-
-def _random_order(shape: BankShape, plan: AssemblyPlan, draw: random.Random) -> AssemblyPlan:
-    """Of the same depths, any legal tiling."""
-    sides = [
-        [tiling for tiling in tilings(shape.num_layers[side], shape.granularities[side]) if len(tiling) == len(plan.spans(side))]
-        for side in SIDES
-    ]
-    return AssemblyPlan(*map(draw.choice, sides))
-
-
-# name -> method. Learning rates and the like were chosen on the validation split (benchmarks/README.md).
-METHODS: dict[str, Method] = {
-    "layer drop": Method(_layers_dropped, "layers of the teacher, nothing trained"),
-    "fine-tuning": Method(
-        _distilled,
-        "shrink and fine-tune: layers of the teacher, trained on the labels",
-        {"learning_rate": 1e-3, "logit_weight": 0.0, "hidden_weight": 0.0, "label_smoothing_factor": 0.1},
-    ),
-    "distillation": Method(
-        _distilled, "layers of the teacher, trained on labels, the teacher's predictions and hidden states", {"learning_rate": 1e-3}
-    ),
-    "sequence distillation": Method(
-        _distilled,
-        "layers of the teacher, trained on the teacher's beams",
-        {"learning_rate": 1e-3, "targets": "beams", "logit_weight": 0.0, "hidden_weight": 0.0},
-    ),
-    "BERT-of-Theseus": Method(
-        _theseus,
-        "modules of one size replace layers at random, ever more often until half-time, and learn from the labels",
-        {
-            "learning_rate": 1e-3,
-            "logit_weight": 0.0,
-            "hidden_weight": 0.0,
-            "plan_sampling": "mixed",
-            "plans_per_step": 1,
-            "replacing_rate": 0.5,
-            "replacing_rate_schedule": "ramp",
-        },
-    ),
-    "LayerDrop": Method(
-        _layerdrop,
-        "the teacher fine-tuned with layers dropped at random, then without them; one training",
-        {"learning_rate": 1e-3, "drop_rate": 0.5, "logit_weight": 0.0, "hidden_weight": 0.0, "label_smoothing_factor": 0.1},
-        per_size=False,
-    ),
-    "modular": Method(_modular, "Modular T5; one training", {"learning_rate": 2e-3}, per_size=False),
-}
-
-
-def _without(description: str, **arguments: Any) -> Method:
-    modular = METHODS["modular"]
-    return modular._replace(description=description, arguments={**modular.arguments, **arguments})
-
-
-_PAPER = {"plan_sampling": "mixed", "plans_per_step": 1, "replacing_rate": 0.7}
-
-ABLATIONS: dict[str, Method] = {
-    "modular, paper's sampling": _without("one plan a step, each module of a granularity of its own, coarse to fine", **_PAPER),
-    "modular, paper's, uniform": _without("the same without curriculum", **_PAPER, curriculum="uniform"),
-    "modular, paper's, fine-to-coarse": _without("the same with the curriculum turned round", **_PAPER, curriculum="fine-to-coarse"),
-    "modular, one plan a step": _without("one plan a step, aligned", plans_per_step=1),
-    "modular, mixed plans": _without("as many plans a step, each module of a granularity of its own", plan_sampling="mixed"),
-    "modular, replacing rate 0.7": _without("original layers in three of ten places", replacing_rate=0.7),
-    "modular, dropout": _without("modules with dropout", module_dropout=True, dropout_rate=0.1),
-    "modular, no hidden states": _without("without the loss of hidden states", hidden_weight=0.0),
-    "modular, attention": _without("with the loss of attention probabilities", attention_weight=1.0),
-    "modular, granularity 2": _without("one granularity", granularities=[2]),
-    "modular, granularity 3": _without("one granularity", granularities=[3]),
-    "modular, without the coarsest": _without("without the coarsest granularity", granularities=[2, 3]),
-    "modular, random order": _without("other tilings of the same depths", random_order=True),
-}
-
-ROWS = {**METHODS, **ABLATIONS}
+def _check_same(what: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    different = {name for name in {*stored, *settings} if stored.get(name) != settings.get(name)}
+    if "arguments" in different and isinstance(stored.get("arguments"), Mapping):
+        different.remove("arguments")
+        its, ours = stored["arguments"], settings["arguments"]
+        different |= {name for name in {*its, *ours} if its.get(name) != ours.get(name)}
+    if different:
+        raise ValueError(
+            f"{what} was made with other {', '.join(sorted(different))}; take another output_dir, or remove it to have it made anew"
+        )

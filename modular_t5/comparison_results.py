@@ -37,7 +37,7 @@ def scored(rows: Mapping[str, Any], teacher: Mapping[str, list[str]], references
                     "BLEU_of_seeds": samples[name, plan, decoding].of_seeds,
                     "BLEU_interval": samples[name, plan, decoding].interval,
                     "chrF": mean(scores_of(of[decoding], references)["chrF"] for of in of_seeds),
-                    "kept_percent": 100 * samples[name, plan, decoding].mean / (of_teacher[decoding]["BLEU"] or float("nan")),
+                    "kept_percent": _share(samples[name, plan, decoding].mean, of_teacher[decoding]["BLEU"]),
                 }
                 for decoding in teacher
             }
@@ -55,26 +55,62 @@ def scored(rows: Mapping[str, Any], teacher: Mapping[str, list[str]], references
     return {"metrics": signatures(), "teacher": of_teacher, "rows": scored_rows, "ahead": ahead}
 
 
+def _share(score: float, of_teacher: float) -> float | None:
+    return 100 * score / of_teacher if of_teacher else None  # JSON has no NaN
+
+
+def _printed(score: Mapping[str, Any]) -> str:
+    kept = "n/a" if score["kept_percent"] is None else f"{score['kept_percent']:.1f} %"
+    return f"{score['BLEU']:.2f} ({kept})"
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """Both, in Markdown."""
+    return f"{table(results)}\n\n{ahead_table(results)}"
+
+
 def table(results: Mapping[str, Any], decoding: str = "greedy") -> str:
-    """BLEU of every method at every size, and in brackets per cent of the teacher's; steps and time of all sizes together."""
+    """BLEU of every method at every size, and in brackets per cent of the teacher's; what all sizes together took, a seed.
+
+    A pass is one of a student, forward and backward; a step of Modular T5 has several.
+    """
     plans = [plan for plan in results["costs"] if any(plan in row["scores"] for row in results["rows"].values())]
-    header = ["method", *(f"{'-'.join(map(str, results['costs'][plan]['depths']))}" for plan in plans), "runs", "steps", "minutes"]
+    header = [
+        "method",
+        *(f"{'-'.join(map(str, results['costs'][plan]['depths']))}" for plan in plans),
+        "runs",
+        "steps",
+        "passes",
+        "minutes",
+    ]
     rows = [
         [
             name,
-            *(
-                f"{row['scores'][plan][decoding]['BLEU']:.2f} ({row['scores'][plan][decoding]['kept_percent']:.1f} %)"
-                if plan in row["scores"]
-                else ""
-                for plan in plans
-            ),
+            *(_printed(row["scores"][plan][decoding]) if plan in row["scores"] else "" for plan in plans),
             str(row["runs"] if row["steps"] else 0),
             f"{row['steps']:,.0f}",
+            f"{row['passes']:,.0f}",
             f"{row['seconds'] / 60:.1f}",
         ]
         for name, row in results["rows"].items()
     ]
     return markdown_table(header, rows)
+
+
+def ahead_table(results: Mapping[str, Any], decoding: str = "greedy") -> str:
+    """How far methods of one training are ahead of the best of those of one a size, with 95 % intervals over the test sentences."""
+    rows = [
+        [
+            name,
+            "-".join(map(str, results["costs"][plan]["depths"])),
+            of_plan[decoding]["of"],
+            f"{of_plan[decoding]['BLEU']:+.2f}",
+            "{:+.2f} to {:+.2f}".format(*of_plan[decoding]["interval"]),
+        ]
+        for name, of_method in results["ahead"].items()
+        for plan, of_plan in of_method.items()
+    ]
+    return markdown_table(["method", "size", "best of one training a size", "ahead by", "95 % interval"], rows, left=3)
 
 
 def plot(results: Mapping[str, Any], path: str | os.PathLike, decoding: str = "greedy", title: str = "") -> None:
@@ -90,7 +126,17 @@ def plot(results: Mapping[str, Any], path: str | os.PathLike, decoding: str = "g
         sizes, values = [size / 1e6 for size, _ in points], [score["BLEU"] for _, score in points]
         bars = [[abs(score["BLEU"] - score["BLEU_interval"][end]) for _, score in points] for end in (0, 1)]
         style = {"linewidth": 1.2} if row["per_size"] else {"linewidth": 2.2}
-        axes.errorbar(sizes, values, yerr=bars, fmt="o-", markersize=4, capsize=2, color=f"C{number % 10}", label=name, **style)
+        axes.errorbar(
+            sizes,
+            values,
+            yerr=bars,
+            fmt="o-" if number < 10 else "x--",
+            markersize=4,
+            capsize=2,
+            color=f"C{number % 10}",
+            label=name,
+            **style,
+        )
     axes.axhline(teacher, color="black", linestyle=":", label="teacher")
     axes.set_xlabel("parameters, millions")
     axes.set_ylabel(f"BLEU, {decoding}")

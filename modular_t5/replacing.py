@@ -7,8 +7,9 @@ ACL 2023, arXiv 2306.02379.
 
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import accumulate
 from typing import NamedTuple
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
@@ -62,38 +63,44 @@ CURRICULA: dict[str, Curriculum] = {
 SideOdds = Mapping[str, Mapping[int, float]]
 
 
-def _mixed(draw: random.Random, shape: BankShape, odds: SideOdds, rate: float) -> Iterator[AssemblyPlan]:
-    while True:
-        yield _draw_plan(draw, shape, odds, rate)
+def _mixed(draw: random.Random, shape: BankShape, odds: SideOdds, rate: float, count: int) -> Iterator[AssemblyPlan]:
+    return (_draw_plan(draw, shape, odds, rate) for _ in range(count))
 
 
-def _aligned(draw: random.Random, shape: BankShape, odds: SideOdds, rate: float) -> Iterator[AssemblyPlan]:
+def _aligned(draw: random.Random, shape: BankShape, odds: SideOdds, rate: float, count: int) -> Iterator[AssemblyPlan]:
     leading, other = ("decoder", "encoder") if any(odds["decoder"].values()) else ("encoder", "decoder")
-    coming: dict[int, float] = {}  # granularities of the leading side that have not had their turn, with their odds
-    partners: dict[int, list[int]] = {}  # of each of them, spans of the other side that have not had theirs
-    while True:
-        coming = coming or {s: number for s, number in odds[leading].items() if number}
-        (granularity,) = draw.choices(list(coming), list(coming.values()))
-        del coming[granularity]
+    spans = [1, *(s for s, number in odds[other].items() if number)]
+    partners: dict[int, list[int]] = {}  # of each granularity, spans of the other side that have not had their turn
+    for granularity in _shared_out(draw, odds[leading], count):
         if not partners.get(granularity):
             # Modules of like granularity first, so that they all learn in every step that has as many plans.
-            *finer, like = [1, *(s for s, number in odds[other].items() if number and s <= granularity)]
-            draw.shuffle(finer)
-            partners[granularity] = [*finer, like]
+            *finer, like = [s for s in spans if s <= granularity]
+            coarser = [s for s in spans if s > granularity] if granularity == max(odds[leading]) else []
+            partners[granularity] = [*draw.sample(finer + coarser, len(finer + coarser)), like]
         yield _draw_plan(draw, shape, {leading: {granularity: 1.0}, other: {partners[granularity].pop(): 1.0}}, rate)
 
 
-class Sampling(NamedTuple):
-    """How the plans of a step are drawn, one after the other."""
+def _shared_out(draw: random.Random, odds: Mapping[int, float], count: int) -> list[int]:
+    """`count` granularities, each as often as its odds say, rounded up or down at random (systematic sampling)."""
+    total = sum(odds.values())
+    places = [count * past / total for past in accumulate(odds.values())]
+    offset = draw.random()
+    drawn = [list(odds)[min(bisect_right(places, number + offset), len(odds) - 1)] for number in range(count)]
+    return draw.sample(drawn, count)
 
-    plans: Callable[[random.Random, BankShape, SideOdds, float], Iterator[AssemblyPlan]]
+
+class Sampling(NamedTuple):
+    """How the plans of a step are drawn."""
+
+    plans: Callable[[random.Random, BankShape, SideOdds, float, int], Iterator[AssemblyPlan]]
     description: str
 
 
 SAMPLINGS: dict[str, Sampling] = {
     "aligned": Sampling(
         _aligned,
-        "one granularity a side, the encoder's not coarser than the decoder's, as strategies assemble; within a step they take turns",
+        "one granularity a side, the encoder's as the decoder's or finer; with odds alike and a plan for each granularity, every module "
+        "of the decoder learns in every step",
     ),
     "mixed": Sampling(_mixed, "a granularity of its own for every module: the paper's"),
 }
@@ -105,7 +112,7 @@ def draw_plans(
     """The plans of a step, each with at least one module.
 
     Each side is walked from the bottom. Where a module may start, one is taken with probability `replacing_rate`, its granularity
-    by the odds among those that fit; else the original layer stays.
+    that of the side, or by the odds among those that fit; else the original layer stays.
 
     Args:
         shape: of the bank.
@@ -123,8 +130,7 @@ def draw_plans(
     if not any(any(of_side.values()) for of_side in odds_of.values()):
         raise ValueError(f"a curriculum must leave some granularity; its odds are all 0 at a progress of {progress:g}")
     # Seeded by a string, Random hashes it with SHA-512: the same in every process.
-    plans = SAMPLINGS[sampling].plans(random.Random(f"{seed}/{step}"), shape, odds_of, replacing_rate)
-    return tuple(islice(plans, count))
+    return tuple(SAMPLINGS[sampling].plans(random.Random(f"{seed}/{step}"), shape, odds_of, replacing_rate, count))
 
 
 def _draw_plan(draw: random.Random, shape: BankShape, odds: SideOdds, replacing_rate: float) -> AssemblyPlan:

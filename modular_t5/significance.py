@@ -1,4 +1,4 @@
-"""How sure a difference in BLEU is: paired bootstrap over the test sentences.
+"""How sure a difference in BLEU is: paired bootstrap over the test sentences. That trainings with other seeds differ is not in it.
 
 Source: Koehn, "Statistical Significance Tests for Machine Translation Evaluation", EMNLP 2004.
 """
@@ -61,4 +61,4 @@ def _sentence_statistics(texts: Sequence[str], references: Sequence[str]) -> np.
 def _bleu(sums: np.ndarray) -> float:
     *counts, sys_len, ref_len = map(int, sums)
     order = len(counts) // 2
-    return sacrebleu().BLEU.compute_bleu(counts[:order], counts[order:], sys_len, ref_len).score
+    return sacrebleu().BLEU.compute_bleu(counts[:order], counts[order:], sys_len, ref_len, smooth_method="exp").score  # as `BLEU` does

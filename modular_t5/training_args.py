@@ -31,7 +31,7 @@ class DistillationArguments(Seq2SeqTrainingArguments):
     task_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy with the labels."})
     logit_weight: float = field(default=1.0, metadata={"help": "Weight of the KL divergence from the teacher's predictions."})
     hidden_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the relative squared error of the hidden state at the end of every module."}
+        default=1.0, metadata={"help": "Weight of the relative squared error of hidden states where modules, or a student's blocks, end."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL divergence; above 0."})
 
@@ -75,7 +75,7 @@ class ModularTrainingArguments(DistillationArguments):
     """
 
     replacing_rate: float = field(
-        default=0.7,
+        default=1.0,
         metadata={"help": "Probability of a module instead of the original layer at every place where one may start; above 0 to 1."},
     )
     replacing_rate_schedule: str = field(
@@ -93,7 +93,7 @@ class ModularTrainingArguments(DistillationArguments):
     )
     plan_sampling: str = field(default="aligned", metadata={"help": f"How the plans of a step are drawn. {_choices(SAMPLINGS)}"})
     curriculum: str = field(
-        default="coarse-to-fine", metadata={"help": f"How the odds of the granularities move during training. {_choices(CURRICULA)}"}
+        default="uniform", metadata={"help": f"How the odds of the granularities move during training. {_choices(CURRICULA)}"}
     )
     attention_weight: float = field(
         default=0.0,

@@ -19,6 +19,8 @@ PLAN = AssemblyPlan.from_any("2x3/3x2")
 
 def distilling(folder, teacher, student, **changes):
     given = {} if teacher is None else {"teacher": teacher, "plan": PLAN}
+    if teacher is None:
+        changes = {"logit_weight": 0.0, "hidden_weight": 0.0, **changes}
     return make_trainer(
         folder, bank=student, arguments=DistillationArguments, trainer=DistillationTrainer, trainer_arguments=given, **changes
     )
@@ -26,7 +28,9 @@ def distilling(folder, teacher, student, **changes):
 
 def dropping(folder, model, drop_rate, **changes):
     given = {"drop_rate": drop_rate}
-    return make_trainer(folder, bank=model, arguments=DistillationArguments, trainer=LayerDropTrainer, trainer_arguments=given, **changes)
+    return make_trainer(
+        folder, bank=model, arguments=Seq2SeqTrainingArguments, trainer=LayerDropTrainer, trainer_arguments=given, **changes
+    )
 
 
 def test_its_loss_is_that_of_a_bank_that_runs_the_same_size(tmp_path, monkeypatch):
@@ -91,6 +95,11 @@ def test_a_teacher_needs_a_plan(tmp_path):
             trainer=DistillationTrainer,
             trainer_arguments={"teacher": make_teacher()},
         )
+
+
+def test_weights_need_a_teacher(tmp_path):
+    with pytest.raises(ValueError, match="do nothing without a teacher"):
+        distilling(tmp_path, None, make_teacher(), hidden_weight=1.0)
 
 
 def test_layers_are_left_out_and_come_back():

@@ -8,7 +8,8 @@ from conftest import make_teacher
 from transformers import AutoTokenizer
 
 from modular_t5 import BankShape, cli
-from modular_t5.comparison import ABLATIONS, METHODS, Comparison, ComparisonArguments, Stopwatch, default_plans
+from modular_t5.comparison import Comparison, ComparisonArguments, default_plans
+from modular_t5.comparison_methods import ABLATIONS, METHODS, ROWS, Stopwatch
 
 
 SIZES = ["1x6/2x3", "2x3/2x3", "1x6/3x2", "2x3/3x2", "3x2/3x2", "6x1/6x1"]
@@ -48,21 +49,26 @@ def test_the_whole_comparison(given, tmp_path, capsys):
     assert [plan for plan in results["costs"] if plan != "1x6/1x6"] == SIZES
     assert list(results["rows"]) == methods
     for name, row in results["rows"].items():
-        trains = name != "layer drop"
+        trains = name not in ("layer drop", "modular, random order")
         assert row["runs"] == (6 if row["per_size"] else 1)
         assert row["steps"] == (2 * row["runs"] if trains else 0)
-        assert (row["seconds"] > 0) is trains
+        if name in (passes := {"modular": 6, "modular, one plan a step": 1, "distillation": 1, "LayerDrop": 1}):
+            assert row["passes"] == row["steps"] * passes[name]
+        assert (row["passes"] > 0) is (row["seconds"] > 0) is trains
+        assert (row["of_which_teachers_beams"] > 0) is (name == "sequence distillation")
         for of_plan in row["scores"].values():
             for score in of_plan.values():
                 low, high = score["BLEU_interval"]
                 assert low <= high
                 assert len(score["BLEU_of_seeds"]) == 1
-    assert set(results["rows"]["modular, without the coarsest"]["scores"]) == set(SIZES) - {"6x1/6x1"}
+    assert set(results["rows"]["modular, granularities 2 and 3"]["scores"]) == set(SIZES) - {"6x1/6x1"}
     assert set(results["rows"]["modular, granularity 2"]["scores"]) == {"1x6/2x3", "2x3/2x3"}
     printed = capsys.readouterr().out
     assert (tmp_path / "out" / "table.md").read_text().strip() in printed
     assert (tmp_path / "out" / "picture.png").stat().st_size > 10_000
-    assert printed.count("\n| modular") == 1 + len(ABLATIONS)
+    first, second = printed.strip().split("\n\n")
+    assert first.count("\n") == 1 + len(methods)
+    assert second.count("\n") == 1 + sum(len(row["scores"]) for row in results["rows"].values() if not row["per_size"])
 
 
 def comparison(given, **changes):
@@ -101,53 +107,54 @@ def test_a_run_that_was_killed_goes_on_to_what_it_would_have_been(method, given,
     unharmed = comparison(given, **changes, output_dir=given["output_dir"] + "-unharmed")
     unharmed.run()
     killed = comparison(given, **changes)
-    (run,) = killed.runs()
+    (run,) = killed.runs
 
     class Kill(BaseException):
         pass
 
     def die(stopwatch, args, state, *rest, on_save=Stopwatch.on_save, **kwargs):
-        on_save(stopwatch, args, state, *rest, **kwargs)
-        if state.global_step == 6:
+        if state.global_step == 8:  # in the middle of a checkpoint, of which the stopwatch's is the last file
             raise Kill
+        on_save(stopwatch, args, state, *rest, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(Stopwatch, "on_save", die)
         with pytest.raises(Kill):
             killed.run()
     assert not killed.is_done(run)
-    spent = json.loads((run.folder / "checkpoint-6" / "seconds.json").read_text())
+    spent = json.loads((run.folder / "checkpoint-6" / "spent.json").read_text())
 
     steps = []
     monkeypatch.setattr(Stopwatch, "on_step_end", lambda stopwatch, args, state, *_, **__: steps.append(state.global_step))
     comparison(given, **changes).run()
     assert steps == [7, 8, 9, 10]
-    ours, its = (json.loads((of.runs()[0].folder / "run.json").read_text()) for of in (killed, unharmed))
-    assert ours["seconds"] > spent > 0
+    ours, its = (json.loads((of.runs[0].folder / "run.json").read_text()) for of in (killed, unharmed))
+    assert ours["spent"]["seconds"] > spent["seconds"] > 0
+    assert ours["spent"]["passes"] == its["spent"]["passes"]
     assert ours["texts"] == its["texts"]
     assert not list(run.folder.glob("checkpoint-*"))
 
 
 def test_runs_of_other_settings_are_not_mixed(given):
     comparison(given).run()
-    with pytest.raises(ValueError, match=r"holds a run with other max_steps; take another output_dir"):
+    with pytest.raises(ValueError, match=r"was made with other .*max_steps.*; take another output_dir"):
         comparison(given, max_steps=3).run()
-    with pytest.raises(ValueError, match=r"holds a run with other arguments"):
+    with pytest.raises(ValueError, match=r"was made with other learning_rate; take"):
         comparison(given, method_arguments={"distillation": {"learning_rate": 0.5}}).run()
     teacher = make_teacher(vocab_size=len(AutoTokenizer.from_pretrained(given["teacher"])))
     with torch.no_grad():
         teacher.shared.weight[5] += 1
     teacher.save_pretrained(given["teacher"])
-    with pytest.raises(ValueError, match=r"holds a run with other teacher_sha256"):
+    with pytest.raises(ValueError, match=r"was made with other teacher_sha256;"):
         comparison(given).run()
 
 
 def test_a_torn_file_is_named(given):
     torn = comparison(given)
     torn.run()
-    file = torn.runs()[0].folder / "run.json"
+    file = torn.runs[0].folder / "run.json"
     file.write_text(file.read_text()[:100])
-    with pytest.raises(ValueError, match=rf"{file} is not what a run leaves"):
+    with pytest.raises(ValueError, match=rf"{file} is not what a comparison leaves"):
         comparison(given).run()
 
 
@@ -161,20 +168,54 @@ def test_a_torn_file_is_named(given):
         ({"plans": ["1x2-2x2/2x3"]}, "mixes spans on a side"),
         ({"plans": ["4x3/4x3"]}, "uses granularity 4 in the encoder"),
         ({"method_arguments": {"modular": {"targets": "guesses"}}}, "unknown targets 'guesses'; choose one of labels, beams, both"),
-        ({"method_arguments": {"distillation": {"learnin_rate": 1}}}, "learnin_rate"),
+        ({"method_arguments": {"modular": {"learnin_rate": 1}}}, "arguments of 'modular' do not fit its trainer: .*learnin_rate"),
+        ({"method_arguments": {"modular": {"max_steps": 9}}}, "max_steps is the same for all methods; 'modular' cannot have its own"),
+        ({"method_arguments": {"modular": {"granularities": [3]}}}, r"granularities \[3\] make none of the sizes 2x3/2x3"),
     ],
 )
-def test_what_does_not_fit_is_refused(changes, message, given):
-    with pytest.raises((ValueError, TypeError), match=message):
+def test_what_does_not_fit_is_refused_before_anything_is_trained(changes, message, given, monkeypatch):
+    monkeypatch.setattr(Comparison, "do", lambda comparison, run: pytest.fail(f"{run} was begun"))
+    with pytest.raises(ValueError, match=message):
         comparison(given, **changes).run()
+
+
+def test_what_is_trained_in_bfloat16_is_scored_in_float32(given):
+    trained = comparison(given, bf16=True, methods=["distillation", "LayerDrop", "modular"])
+    for run in trained.runs:
+        models, _ = ROWS[run.method].models(trained.workshop, run)
+        (model,) = models.values()
+        assert (
+            model(**trained.tokenizer("ein Hund", return_tensors="pt"), decoder_input_ids=torch.tensor([[0]])).logits.dtype == torch.float32
+        )
+        assert not hasattr(model, "_original_forward")
+
+
+def test_rows_differ_from_each_other(given):
+    every = comparison(given, methods=list(ROWS), plans=None)
+    resolved = {
+        run.method: json.dumps([run.own, every.settings_of(run)["arguments"] | {"output_dir": None, "run_name": None}])
+        for run in every.runs
+    }
+    trained = [name for name, row in ROWS.items() if row.arguments_class is not None]
+    assert len({resolved[name] for name in trained}) == len(trained)
+
+
+def test_beams_of_another_teacher_are_not_taken(given):
+    comparison(given, methods=["sequence distillation"]).taught  # noqa: B018
+    with pytest.raises(ValueError, match=r"teacher-beams.json was made with other max_target_length"):
+        comparison(given, methods=["sequence distillation"], max_target_length=4).taught  # noqa: B018
+
+
+def test_random_order_needs_the_bank(given):
+    with pytest.raises(ValueError, match="let 'modular' run before"):
+        comparison(given, methods=["modular, random order"]).run()
 
 
 def test_arguments_from_file_and_command_line(given, tmp_path, capsys):
     file = str(tmp_path / "arguments.json")
     options = ["--methods", "layer drop", "--plans", "2x3/2x3", "--json"]
     assert cli.main(["compare", file, *options]) == 0
-    printed = capsys.readouterr().out
-    assert list(json.loads(printed[printed.index("{") :])["rows"]) == ["layer drop"]
+    assert list(json.loads(capsys.readouterr().out)["rows"]) == ["layer drop"]
     (tmp_path / "arguments.json").write_text(json.dumps({**given, "colour": "red"}))
     assert cli.main(["compare", file]) == 2
     assert "has 'colour', which is no argument" in capsys.readouterr().err

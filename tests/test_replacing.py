@@ -50,11 +50,6 @@ def test_a_rate_that_replaces_nothing_still_ends(sampling):
     assert draw(0, replacing_rate=1e-12, sampling=sampling) != SHAPE.teacher
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_fewer_plans_are_the_first_of_more(sampling):
-    assert draw_all(2, 7, sampling=sampling) == draw_all(5, 7, sampling=sampling)[:2]
-
-
 def test_aligned_plans_are_uniform_and_take_turns():
     for step in range(50):
         plans = draw_all(8, step, replacing_rate=1.0, sampling="aligned")
@@ -94,13 +89,27 @@ def test_aligned_plans_of_a_bank_with_modules_on_one_side(side):
     assert Counter(plan.spans(side)[0] for plan in plans) == {2: 2, 3: 2}
 
 
-def test_a_curriculum_says_which_granularities_have_their_turn_first():
-    coarse = [
-        draw_all(1, step, progress=0.0, odds=CURRICULA["coarse-to-fine"].odds, sampling="aligned", replacing_rate=1.0)
-        for step in range(400)
-    ]
-    firsts = Counter(plan.decoder[0] for (plan,) in coarse)
-    assert firsts[6] > 2 * firsts[2]
+def test_a_curriculum_shares_out_the_plans_of_a_step():
+    odds = {0.0: Counter(), 1.0: Counter()}
+    for progress, counts in odds.items():
+        for step in range(500):
+            plans = draw_all(8, step, progress=progress, odds=CURRICULA["coarse-to-fine"].odds, sampling="aligned", replacing_rate=1.0)
+            counts.update(plan.decoder[0] for plan in plans)
+    expected = CURRICULA["coarse-to-fine"].odds(GRANULARITIES, 0.0)
+    for granularity, share in zip(GRANULARITIES, expected, strict=True):
+        assert odds[0.0][granularity] / 4000 == pytest.approx(share / sum(expected), abs=0.01)
+        assert odds[1.0][granularity] < odds[0.0][granularity] if granularity > 3 else odds[1.0][granularity] > odds[0.0][granularity]
+
+
+@pytest.mark.parametrize(
+    "granularities",
+    [{"encoder": (2, 3, 6), "decoder": (2,)}, {"encoder": (2,), "decoder": (2, 3, 6)}, {"encoder": (2, 3, 6), "decoder": ()}],
+)
+def test_every_module_of_uneven_sides_has_its_turn(granularities):
+    shape = BankShape({"encoder": 6, "decoder": 6}, granularities, {"encoder": 1, "decoder": 1}, 0)
+    plans = [plan for step in range(50) for plan in draw_all(3, step, replacing_rate=1.0, shape=shape, sampling="aligned")]
+    for side, known in granularities.items():
+        assert {span for plan in plans for span in plan.spans(side)} - {1} == set(known)
 
 
 def test_a_rate_of_one_leaves_no_original_where_a_module_fits():

@@ -41,3 +41,10 @@ def test_a_paired_difference_is_surer_than_two_intervals():
     widths = [interval[1] - interval[0] for interval in (good.interval, bad.interval)]
     assert high - low < sum(widths)
     assert good.ahead_of(good) == (0, (0, 0))
+
+
+def test_texts_without_four_matching_words_score_as_in_sacrebleu():
+    texts = ["der Hund schläft heute sehr gern"] * len(REFERENCES)
+    wanted = sacrebleu.corpus_bleu(texts, [REFERENCES]).score
+    assert wanted > 0
+    assert BleuSamples([texts], REFERENCES).mean == pytest.approx(wanted)

@@ -441,7 +441,7 @@ def test_a_curriculum_of_ones_own(tmp_path):
         with pytest.raises(ValueError, match="each of the granularities"):
             make_trainer(tmp_path, trainer_arguments={"curriculum": lambda granularities, progress, wrong=wrong: wrong})
     with pytest.raises(ValueError, match="two curricula are given"):
-        make_trainer(tmp_path, curriculum="uniform", trainer_arguments={"curriculum": lambda granularities, progress: [1, 1, 1]})
+        make_trainer(tmp_path, curriculum="coarse-to-fine", trainer_arguments={"curriculum": lambda granularities, progress: [1, 1, 1]})
 
 
 def test_plans_before_training(tmp_path):
@@ -664,6 +664,8 @@ def test_a_loss_that_is_none_stops_with_what_broke(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"plans_per_step": 0}, "plans_per_step must be an integer of at least 1, got 0"),
+        ({"plan_sampling": "all"}, "unknown plan_sampling 'all'; choose one of aligned, mixed"),
         ({"replacing_rate": 0.0}, "replacing_rate must be above 0 and at most 1, got 0.0"),
         ({"replacing_rate": 1.5}, "replacing_rate .* got 1.5"),
         ({"curriculum": "hardest"}, "'hardest'; choose one of coarse-to-fine"),

@@ -45,6 +45,7 @@ def make_trainer(folder, *, bank=None, arguments=ModularTrainingArguments, train
         "max_steps": 4,
         "plans_per_step": 1,
         "plan_sampling": "mixed",
+        "replacing_rate": 0.7,
         "module_dropout": True,
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-2,

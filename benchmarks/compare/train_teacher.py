@@ -60,6 +60,8 @@ class TeacherArguments:
 
 # Adafactor scales every matrix's step by its own size: T5's embeddings start some ten times larger than the rest.
 RECIPE = {
+    "logit_weight": 0.0,
+    "hidden_weight": 0.0,
     "learning_rate": 0.02,
     "lr_scheduler_type": "linear",
     "warmup_steps": 300,
@@ -105,6 +107,7 @@ def main() -> None:
     out = Path(training.output_dir)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(out) if out.is_dir() else None)
     trainer.save_model()
+    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # scored in float32
     scores = {
         name: scores_of(generate_texts(model.eval(), tokenizer, test.sources, max_new_tokens=args.max_length, **decoding), test.targets)
         for name, decoding in {"greedy": {}, "beam 4": {"num_beams": 4}}.items()
@@ -162,7 +165,7 @@ def card_of(trainer: DistillationTrainer, args: TeacherArguments, scores: dict[s
         "optimizer": f"Adafactor, scaled by each matrix's size; batch {training.train_batch_size}, label smoothing "
         f"{training.label_smoothing_factor:g}, dropout {args.dropout_rate:g} on residuals and embeddings",
         "schedule": f"{training.lr_scheduler_type}, peak {training.learning_rate:g}, {training.warmup_steps:g} steps of warm-up",
-        "best step": f"{state.best_global_step} of {state.global_step}, which the folder holds",
+        "best step": f"{state.best_global_step} of {state.max_steps}, which the folder holds",
         "command": f"`{told['command']}`",
         "date": told["date"],
         "hardware": told["hardware"],
