@@ -96,7 +96,7 @@ class QuickstartArguments:
     max_source_length: int = field(default=128, metadata={"help": "In tokens."})
     max_target_length: int = field(default=128, metadata={"help": "In tokens."})
     max_test_examples: int = field(default=1000, metadata={"help": "Examples of the test split that the table uses."})
-    max_steps: int = field(default=1500, metadata={"help": "Training steps of the bank."})
+    max_steps: int = field(default=400, metadata={"help": "Training steps of the bank."})
     teacher_steps: int = field(default=1200, metadata={"help": "Training steps of the built-in task's teacher."})
     batch_size: int = field(default=64, metadata={"help": "Examples a training step."})
     learning_rate: float = field(

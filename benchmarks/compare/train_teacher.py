@@ -164,7 +164,7 @@ def card_of(trainer: DistillationTrainer, args: TeacherArguments, scores: dict[s
         "started from": args.start_from or "nothing",
         "optimizer": f"Adafactor, scaled by each matrix's size; batch {training.train_batch_size}, label smoothing "
         f"{training.label_smoothing_factor:g}, dropout {args.dropout_rate:g} on residuals and embeddings",
-        "schedule": f"{training.lr_scheduler_type}, peak {training.learning_rate:g}, {training.warmup_steps:g} steps of warm-up",
+        "schedule": f"{training.lr_scheduler_type.value}, peak {training.learning_rate:g}, {training.warmup_steps:g} steps of warm-up",
         "best step": f"{state.best_global_step} of {state.max_steps}, which the folder holds",
         "command": f"`{told['command']}`",
         "date": told["date"],
