@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_teacher, stored_tensors, tamper
 from peft import IA3Config, LoraConfig
-from training import collate, logged, make_dataset, make_trainer
+from training import DEFAULTS, collate, logged, make_dataset, make_trainer
 from transformers import AutoModelForSeq2SeqLM, T5ForConditionalGeneration
 
 from modular_t5 import ModularT5ForConditionalGeneration
@@ -19,7 +19,9 @@ def lora(**changes):
 
 def lora_trainer(folder, *, bank=None, config=None, max_steps=8, **changes):
     bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.1)) if bank is None else bank
-    return make_trainer(folder, bank=bank, max_steps=max_steps, trainer_arguments={"peft_config": config or lora()}, **changes)
+    return make_trainer(
+        folder, bank=bank, max_steps=max_steps, trainer_arguments={"peft_config": config or lora()}, **{**DEFAULTS, **changes}
+    )
 
 
 @pytest.fixture(scope="module", params=["v1.0", "v1.1", "mt5"])

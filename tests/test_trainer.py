@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import VOCAB_SIZE, make_teacher
-from training import CHECKPOINTING, Noting, collate, logged, make_dataset, make_trainer
+from training import CHECKPOINTING, DEFAULTS, Noting, collate, logged, make_dataset, make_trainer
 from transformers import AutoTokenizer, EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -182,8 +182,8 @@ def test_several_plans_and_deepspeed_are_refused(tmp_path, monkeypatch):
         ModularTrainer(ModularT5ForConditionalGeneration.from_t5(make_teacher()), args)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_a_step_in_parts_is_the_step(smoothing, tmp_path):
+@pytest.mark.parametrize(("smoothing", "dials"), [(0.0, {}), (0.2, {}), (0.0, DEFAULTS)])
+def test_a_step_in_parts_is_the_step(smoothing, dials, tmp_path):
     """Sentences of unlike lengths: a mean of means would differ."""
     losses, norms = [], []
     for batch_size, accumulation in ((8, 1), (2, 4)):
@@ -197,6 +197,7 @@ def test_a_step_in_parts_is_the_step(smoothing, tmp_path):
             label_smoothing_factor=smoothing,
             # Of the encoder's states a batch's share is that of its target tokens, which here are as many as the source's and one.
             hidden_weight=0.0,
+            **dials,
         )
         trainer.train()
         losses += [logged(trainer, "loss"), logged(trainer, "logit_loss"), logged(trainer, "task_loss")]
@@ -555,14 +556,12 @@ def test_norms_and_head_of_the_banks_own(family, tmp_path):
     assert torch.equal(bank.state_dict()["decoder.bank.lm_head.weight"], after["decoder.bank.lm_head.weight"])
 
 
-@pytest.mark.parametrize("attention_weight", [0.0, 1.0])
-def test_gradient_checkpointing_changes_no_gradient(attention_weight, tmp_path):
+@pytest.mark.parametrize(("attention_weight", "dials"), [(0.0, {}), (1.0, {}), (1.0, DEFAULTS)])
+def test_gradient_checkpointing_changes_no_gradient(attention_weight, dials, tmp_path):
     results = []
     for checkpointing in (False, True):
         bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.1))
-        trainer = make_trainer(
-            tmp_path, bank=bank, **{CHECKPOINTING: checkpointing}, attention_weight=attention_weight, curriculum="uniform"
-        )
+        trainer = make_trainer(tmp_path, bank=bank, **{CHECKPOINTING: checkpointing}, attention_weight=attention_weight, **dials)
         trainer.train()
         results.append([logged(trainer, "loss"), logged(trainer, "grad_norm")])
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
@@ -581,8 +580,9 @@ def test_gradient_checkpointing_runs_the_originals_again_too(tmp_path):
     assert [runs.count(layer) for layer in range(6)] == [3] * 6  # the teacher, the plan, the plan again
 
 
-def test_bf16(tmp_path):
-    trainer = make_trainer(tmp_path, bf16=True, max_steps=30, learning_rate=3e-3)
+@pytest.mark.parametrize("dials", [{}, DEFAULTS])
+def test_bf16(dials, tmp_path):
+    trainer = make_trainer(tmp_path, bf16=True, max_steps=30, learning_rate=3e-3, **dials)
     dtypes = set()
     trainer.model.encoder.bank["2"][0].layer[1].DenseReluDense.wi.register_forward_hook(lambda _, __, output: dtypes.add(output.dtype))
     trainer.train()

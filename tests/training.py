@@ -39,6 +39,10 @@ def make_dataset(examples=32):
     return Dataset.from_dict({"input_ids": rows, "labels": [[*reversed(row), 1] for row in rows]})
 
 
+# What `make_trainer` leaves aside for tests of one plan, with the dropout that they look at.
+DEFAULTS = {"plans_per_step": None, "plan_sampling": "aligned", "replacing_rate": 1.0, "module_dropout": False}
+
+
 def make_trainer(folder, *, bank=None, arguments=ModularTrainingArguments, trainer=ModularTrainer, trainer_arguments=None, **changes):
     bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.1)) if bank is None else bank
     defaults = {
@@ -105,7 +109,15 @@ def main():
                 die()
             super()._save_rng_state(output_dir)
 
-    changes = {"max_steps": 15, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2, **args.arguments}
+    changes = {
+        "plans_per_step": 2,
+        "plan_sampling": "aligned",
+        "max_steps": 15,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "logging_steps": 2,
+        **args.arguments,
+    }
     bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(**{"dropout_rate": 0.1, **args.teacher}))
     trainer = make_trainer(args.folder, bank=bank, trainer=KilledTrainer, trainer_arguments={"callbacks": [Killing]}, **changes)
     args.folder.mkdir(parents=True, exist_ok=True)
