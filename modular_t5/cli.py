@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     try:
         result, table, status = args.run(args)
-    except (ValueError, OSError, HfHubHTTPError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, HfHubHTTPError) as error:
         print(f"modular-t5 {args.command}: {error}", file=sys.stderr)
         return 2
     print(json.dumps(result, indent=2) if args.json else table)

@@ -20,7 +20,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    """Fenced code; fences come in pairs."""
+    return [code for of, code in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL) if of == language]
 
 
 def test_the_ten_lines_run(hub, tmp_path, monkeypatch, pico_tokenizer):
@@ -55,10 +56,16 @@ def test_the_commands_run(tmp_path, monkeypatch, pico_tokenizer, capsys):
     bank.push_to_hub("org/my-bank")
     AutoTokenizer.from_pretrained(pico_tokenizer).push_to_hub("org/my-bank")
     monkeypatch.chdir(tmp_path)
-    lines = next(block for block in blocks("bash") if block.startswith("modular-t5")).splitlines()
+    lines = next(block for block in blocks("bash") if block.startswith("modular-t5 info")).splitlines()
     assert {line.split()[1] for line in lines} == {"info", "plan", "assemble", "rebuild", "push"}
     for line in lines:
         assert cli.main(shlex.split(line, comments=True)[1:]) == 0, capsys.readouterr().err
+
+
+def test_the_command_that_compares_has_the_options_that_it_is_given(capsys):
+    (command,) = (block for block in blocks("bash") if block.startswith("modular-t5 compare"))
+    assert cli.main(shlex.split(command.replace("\\\n", ""))[1:]) == 2
+    assert "DIR_OR_HUB_ID" in capsys.readouterr().err
 
 
 def test_the_calls_of_the_table_of_sizes_work():
