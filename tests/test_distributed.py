@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import stored_tensors
 from test_checkpoints import equal, history
 from training import CHECKPOINTING
@@ -77,11 +76,12 @@ def test_two_processes_train_as_one_with_their_batches_together(tmp_path):
         logs.append(json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())["log_history"])
     for two_entry, one_entry in zip(*logs, strict=True):
         for name in ("loss", "task_loss", "logit_loss", "grad_norm", "learning_rate"):
-            if name in one_entry:
-                assert two_entry[name] == pytest.approx(one_entry[name], rel=1e-4), name
+            if name in one_entry:  # rounding differs, and AdamW makes steps of gradients that are nothing else
+                assert two_entry[name] == pytest.approx(one_entry[name], rel=1e-6 if one_entry["step"] <= 2 else 1e-3), name
     tensors = [stored_tensors(tmp_path / str(processes) / "checkpoint-6") for processes in (2, 1)]
-    for name, tensor in tensors[0].items():
-        torch.testing.assert_close(tensor, tensors[1][name], rtol=1e-3, atol=2e-4)  # a step of AdamW is 1e-3
+    apart = {name: (tensor - tensors[1][name]).abs() for name, tensor in tensors[0].items()}
+    assert max(difference.max() for difference in apart.values()) < 2e-3  # a step of AdamW is 1e-3
+    assert max(difference.mean() for difference in apart.values()) < 1e-5
     for result in results(tmp_path / "2"):
         sent, left_out = result["bytes"]
         assert sent > 0
