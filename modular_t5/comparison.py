@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ class Comparison:
             "use_cpu": not torch.cuda.is_available(),
             "dataloader_pin_memory": torch.cuda.is_available(),
         }
-        self.workshop = Workshop(self.teacher, self.tokenizer, args.granularities, self.examples, training)
+        self.workshop = Workshop(self.teacher, self.tokenizer, args.granularities, cache(self.examples), training)
         self.shape: BankShape = self.workshop.new_bank().shape
         self.plans = tuple(default_plans(self.shape) if args.plans is None else map(self._checked_plan, args.plans))
 
@@ -228,10 +228,6 @@ class Comparison:
         """All that a run's outcome depends on."""
         of_all = ("max_source_length", "max_target_length", "max_test_examples", "granularities")
         arguments = self.workshop.arguments_of(run)
-        code = hashlib.sha256()
-        for file in sorted(Path(__file__).parent.glob("*.py")):
-            if file.name not in _ELSEWHERE:
-                code.update(file.read_bytes())
         settings = {
             "method": run.method,
             "plans": list(map(str, run.plans)),
@@ -240,7 +236,7 @@ class Comparison:
             "arguments": {} if arguments is None else arguments.to_dict() | {"output_dir": None, "logging_dir": None},
             **{name: getattr(self.args, name) for name in of_all},
             **self._fingerprints,
-            "code_sha256": code.hexdigest(),
+            "code_sha256": _code_sha256(),
             "versions": {**environment()["versions"], **{name: version(name) for name in ("accelerate", "sacrebleu")}},
         }
         return json.loads(json.dumps(settings, default=str))
@@ -332,6 +328,16 @@ def default_plans(shape: BankShape) -> list[AssemblyPlan]:
     pairs = [(0, 1), (1, 1), (0, 2), (1, 2), (2, 2), (3, 3)]
     plans = [AssemblyPlan(encoder[of_encoder], decoder[of_decoder]) for of_encoder, of_decoder in pairs]
     return [plan for plan in dict.fromkeys(plans) if plan != shape.teacher]
+
+
+@cache
+def _code_sha256() -> str:
+    """Of the package's files that the outcome of a run depends on."""
+    code = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        if file.name not in _ELSEWHERE:
+            code.update(file.read_bytes())
+    return code.hexdigest()
 
 
 def _read(file: Path, needed: Sequence[str]) -> dict[str, Any]:

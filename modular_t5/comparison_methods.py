@@ -101,7 +101,8 @@ class Stopwatch(TrainerCallback):
     def last_checkpoint(cls, folder: Path, before: int) -> Path | None:
         """The newest checkpoint of a run that is whole, which it is when the stopwatch's file is in it, with fewer steps than `before`."""
         steps = [int(path.parent.name.partition("-")[2]) for path in folder.glob(f"checkpoint-*/{cls._FILE}")]
-        return max((folder / f"checkpoint-{step}" for step in steps if step < before), key=lambda path: int(path.name[11:]), default=None)
+        last = max((step for step in steps if step < before), default=None)
+        return None if last is None else folder / f"checkpoint-{last}"
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._began = time.perf_counter()

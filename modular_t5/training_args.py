@@ -99,7 +99,7 @@ class ModularTrainingArguments(DistillationArguments):
         default=0.0,
         metadata={
             "help": "Weight of the squared error of every module's attention probabilities. Above 0, attention runs in eager mode, "
-            "and of module_dropout it takes no part."
+            "and in the modules without dropout of its own, also with module_dropout."
         },
     )
     module_dropout: bool = field(
