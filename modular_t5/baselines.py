@@ -11,7 +11,7 @@ from transformers import Seq2SeqTrainer, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerFF
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan
-from .distillation import Taught, hidden_state_loss, log_probabilities, logit_loss, task_loss
+from .distillation import Taught, hidden_state_loss, prediction_losses, weighed
 from .training_args import DistillationArguments
 
 
@@ -61,26 +61,22 @@ class DistillationTrainer(Seq2SeqTrainer):
         passed.setdefault("decoder_input_ids", self.model.prepare_decoder_input_ids_from_labels(labels))
         passed |= {"use_cache": False, "output_hidden_states": args.hidden_weight > 0}
         outputs = model(**passed)
-        logs = {at: log_probabilities(outputs.logits, at) for at in args.temperatures}
-        loss: Any = 0.0
-        if args.task_weight:
-            loss = args.task_weight * task_loss(logs[1], labels, args.label_smoothing_factor)
+        predictions = taught = None
         if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 taught = self.teacher(**passed)
-            target_mask = labels != -100
-            if args.logit_weight:
-                predictions = Taught.of(taught.logits, args.temperature)
-                loss = loss + args.logit_weight * logit_loss(logs[args.temperature], predictions, target_mask, args.temperature)
-            if args.hidden_weight:
-                masks = {"encoder": inputs["attention_mask"].bool(), "decoder": target_mask}
-                terms = [
-                    hidden_state_loss(ours[number + 1], its[start + span], masks[side])
-                    for side in SIDES
-                    for ours, its in [(outputs[f"{side}_hidden_states"], taught[f"{side}_hidden_states"])]
-                    for number, (start, span) in enumerate(self.plan.blocks(side))
-                ]
-                loss = loss + args.hidden_weight * sum(terms) / len(terms)
+            predictions = Taught.of(taught.logits, args.temperature) if args.logit_weight else None
+        terms = prediction_losses(args, outputs.logits, labels, predictions)
+        if args.hidden_weight:
+            masks = {"encoder": inputs["attention_mask"].bool(), "decoder": labels != -100}
+            of_blocks = [
+                hidden_state_loss(ours[number + 1], its[start + span], masks[side])
+                for side in SIDES
+                for ours, its in [(outputs[f"{side}_hidden_states"], taught[f"{side}_hidden_states"])]
+                for number, (start, span) in enumerate(self.plan.blocks(side))
+            ]
+            terms["hidden_loss"] = torch.stack(of_blocks).mean()
+        loss = weighed(args, terms)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -103,18 +99,18 @@ class LayerDropTrainer(Seq2SeqTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         draw = random.Random(f"{self.args.seed}/{self.state.global_step}")
-        with layers_left_out(self.model, {side: lambda: draw.random() < self.drop_rate for side in SIDES}):
+        with layers_left_out(self.model, lambda: draw.random() < self.drop_rate):
             return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
 
 @contextmanager
-def layers_left_out(model: T5ForConditionalGeneration, left_out: Mapping[str, Callable[[], bool]]) -> Iterator[None]:
-    """Within it, the stacks run without the blocks that are drawn, one draw each from the second up. Only without a cache."""
+def layers_left_out(model: T5ForConditionalGeneration, left_out: Callable[[], bool]) -> Iterator[None]:
+    """Within it, the stacks run without the blocks that are drawn, one draw each, a side's first excepted. Only without a cache."""
     stacks = {side: getattr(model, side) for side in SIDES}
     whole = {side: stack.block for side, stack in stacks.items()}
     for side, stack in stacks.items():
         first, *others = whole[side]
-        stack.block = nn.ModuleList([first, *(block for block in others if not left_out[side]())])
+        stack.block = nn.ModuleList([first, *(block for block in others if not left_out())])
     try:
         yield
     finally:

@@ -16,23 +16,26 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from datasets import Dataset
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, T5ForConditionalGeneration
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
-from .comparison_methods import ABLATIONS, METHODS, ROWS, Run, Spent, Workshop, folder_name, write_json
+from .comparison_methods import ABLATIONS, METHODS, ROWS, Run, Spent, Workshop, folder_name
 from .comparison_results import plot, scored, tables
-from .frontier import environment, generate_texts, measure_speed, picture
+from .frontier import environment, figure_class, generate_texts, measure_speed, write_json
 from .pairs import Pairs, sacrebleu
 
 
 DECODINGS = {"greedy": 1, "beam 4": 4}  # name -> num_beams
 
-# In the folder of a run, what it is and what it left; in that of the comparison, the teacher's beams for training, and what came out.
+# In the folder of a run, what it is and what it left; in that of the comparison, what the teacher makes of a split, and what came out.
 SETTINGS_FILE, RUN_FILE = "settings.json", "run.json"
-BEAMS_FILE, RESULTS_FILE, TABLE_FILE, PICTURE_FILE = "teacher-beams.json", "results.json", "table.md", "picture.png"
+TEACHER_FILES, RESULTS_FILE = {"train": "teacher-beams.json", "test": "teacher-texts.json"}, "results.json"
+TABLE_FILE, PICTURE_FILE = "table.md", "picture.png"
 
 # Of the package, what the outcome of a run does not depend on.
 _ELSEWHERE = ("cli.py", "model_card.py", "rebuilding.py", "comparison.py", "comparison_results.py", "frontier.py", "significance.py")
@@ -62,6 +65,9 @@ class ComparisonArguments:
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of batches, dropout and plans; a run of everything each."})
     max_steps: int = field(default=1000, metadata={"help": "Optimizer steps of every run."})
     batch_size: int = field(default=64, metadata={"help": "Examples a step."})
+    decodings: list[str] = field(
+        default_factory=lambda: list(DECODINGS), metadata={"help": f"Ways to decode test texts, of {', '.join(DECODINGS)}."}
+    )
     bf16: bool = field(default=False, metadata={"help": "Matrix products of training in bfloat16, with eager attention."})
     method_arguments: dict[str, dict] = field(
         default_factory=dict, metadata={"help": "By method, its arguments where they are to be others than in `METHODS`, as JSON."}
@@ -74,6 +80,8 @@ class ComparisonArguments:
         for name in [*self.methods, *self.method_arguments]:
             if name not in ROWS:
                 raise ValueError(f"unknown method {name!r}; choose of {', '.join(ROWS)}")
+        if not self.decodings or not set(self.decodings) <= set(DECODINGS) or "greedy" not in self.decodings:
+            raise ValueError(f"decodings must be greedy, or all of {', '.join(DECODINGS)}, got {self.decodings}")
         for name in ("max_steps", "batch_size", "max_source_length", "max_target_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -86,7 +94,7 @@ class Comparison:
 
     def __init__(self, args: ComparisonArguments):
         sacrebleu()  # what is not installed had better be missed now
-        picture("a comparison")
+        figure_class("a comparison")
         if torch.cuda.device_count() > 1:
             raise ValueError("a comparison runs on one GPU, and several are in sight; set CUDA_VISIBLE_DEVICES to one of them")
         self.args = args
@@ -125,31 +133,56 @@ class Comparison:
 
     # -- data --------------------------------------------------------------------------------------------------------------
 
-    def examples(self, targets: str) -> Any:
+    def examples(self, targets: str) -> Dataset:
         """The training split: with its `labels`, with the teacher's `beams` in their place, or `both`, one after the other."""
         parts = [pairs() for name, pairs in (("labels", lambda: self.train), ("beams", lambda: self.taught)) if targets in (name, "both")]
         pairs = Pairs([source for part in parts for source in part.sources], [target for part in parts for target in part.targets])
+        return self._tokenized(pairs)
+
+    def _tokenized(self, pairs: Pairs) -> Dataset:
         return pairs.tokenized(self.tokenizer, self.args.max_source_length, self.args.max_target_length)
 
     @cached_property
     def taught(self) -> Pairs:
-        """The sources with what the teacher makes of them by beam search; made once and kept."""
-        file, num_beams = self.folder / BEAMS_FILE, DECODINGS["beam 4"]
+        """The sources with what the teacher makes of them by beam search."""
+        return Pairs(self.train.sources, self.of_teacher("train", "beam 4")["texts"]["beam 4"])
+
+    def of_teacher(self, split: str, *decodings: str) -> dict[str, Any]:
+        """What the teacher makes of `train` or `test`: `texts`, by decoding, and the `seconds` it took; made once and kept."""
+        file, sources = self.folder / TEACHER_FILES[split], getattr(self, split).sources
         lengths = {name: getattr(self.args, name) for name in ("max_source_length", "max_target_length")}
-        settings = {name: of for name, of in self._fingerprints.items() if name != "test_sha256"} | lengths | {"num_beams": num_beams}
+        of_all = ("teacher_sha256", "tokenizer_sha256", "generation_sha256", f"{split}_sha256")
+        settings = {**{name: self._fingerprints[name] for name in of_all}, **lengths, "decodings": list(decodings)}
         if not file.exists():
             started = time.perf_counter()
-            texts = self.texts_of(self.teacher, self.train.sources, num_beams, "Teacher's beams")
+            texts = {each: self.texts_of(self.teacher, sources, DECODINGS[each], f"teacher, {split}, {each}") for each in decodings}
             seconds = time.perf_counter() - started
             write_json(file, {**environment(), "settings": settings, "seconds": seconds, "texts": texts})
-        stored = _read(file, ("settings", "texts"))
+        stored = _read(file, ("settings", "texts", "seconds"))
         _check_same(file, stored["settings"], settings)
-        return Pairs(self.train.sources, stored["texts"])
+        return stored
 
     def texts_of(self, model: Any, sources: Sequence[str], num_beams: int, description: str) -> list[str]:
         """What a model makes of sources."""
         lengths = {"max_new_tokens": self.args.max_target_length, "max_source_length": self.args.max_source_length}
         return generate_texts(model.eval(), self.tokenizer, sources, num_beams=num_beams, description=description, **lengths)
+
+    @torch.inference_mode()
+    def loss_of(self, model: T5ForConditionalGeneration) -> float:
+        """Mean cross-entropy of a token of the test targets, in nats."""
+        collate, total, tokens = DataCollatorForSeq2Seq(self.tokenizer), 0.0, 0
+        for first in range(0, len(self._test_examples), 64):
+            batch = collate(self._test_examples[first : first + 64]).to(model.device)
+            batch_tokens = int((batch["labels"] != -100).sum())
+            total += float(model.eval()(**batch).loss) * batch_tokens
+            tokens += batch_tokens
+        return total / tokens
+
+    @cached_property
+    def _test_examples(self) -> list[dict[str, Any]]:
+        """By length."""
+        examples = self._tokenized(self.test)
+        return sorted(examples.remove_columns("length"), key=lambda example: len(example["labels"]))
 
     @cached_property
     def _fingerprints(self) -> dict[str, str]:
@@ -222,11 +255,11 @@ class Comparison:
 
     def stored(self, run: Run) -> dict[str, Any]:
         """What a run left."""
-        return _read(run.folder / RUN_FILE, ("spent", "hardware", "texts"))
+        return _read(run.folder / RUN_FILE, ("spent", "hardware", "losses", "texts"))
 
     def settings_of(self, run: Run) -> dict[str, Any]:
         """All that a run's outcome depends on."""
-        of_all = ("max_source_length", "max_target_length", "max_test_examples", "granularities")
+        of_all = ("max_source_length", "max_target_length", "max_test_examples", "granularities", "decodings")
         arguments = self.workshop.arguments_of(run)
         settings = {
             "method": run.method,
@@ -245,14 +278,15 @@ class Comparison:
         """Train, score every size, and leave `run.json`."""
         write_json(run.folder / SETTINGS_FILE, self.settings_of(run))
         models, spent = ROWS[run.method].models(self.workshop, run)
+        losses = {str(plan): self.loss_of(model) for plan, model in models.items()}
         texts = {
             str(plan): {
-                decoding: self.texts_of(model, self.test.sources, beams, f"{run.method}, {plan}, {decoding}")
-                for decoding, beams in DECODINGS.items()
+                decoding: self.texts_of(model, self.test.sources, DECODINGS[decoding], f"{run.method}, {plan}, {decoding}")
+                for decoding in self.args.decodings
             }
             for plan, model in models.items()
         }
-        write_json(run.folder / RUN_FILE, {**environment(), "spent": dataclasses.asdict(spent), "texts": texts})
+        write_json(run.folder / RUN_FILE, {**environment(), "spent": dataclasses.asdict(spent), "losses": losses, "texts": texts})
         for checkpoint in run.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 
@@ -260,9 +294,6 @@ class Comparison:
 
     def results(self) -> dict[str, Any]:
         """Scores, costs and speeds of every row."""
-        texts_of_teacher = {
-            decoding: self.texts_of(self.teacher, self.test.sources, beams, f"teacher, {decoding}") for decoding, beams in DECODINGS.items()
-        }
         rows = {}
         for name in self.args.methods:
             runs = [run for run in self.runs if run.method == name]
@@ -270,7 +301,7 @@ class Comparison:
             seeds, (first, *_) = len(self.args.seeds), runs
             spent = [Spent(**each["spent"]) for each in stored]
             taught = first.own.get("targets", "labels") != "labels"
-            beams = _read(self.folder / BEAMS_FILE, ("seconds",))["seconds"] if taught else 0.0
+            beams = self.of_teacher("train", "beam 4")["seconds"] if taught else 0.0
             rows[name] = {
                 "description": ROWS[name].description,
                 "arguments": {**first.own, **first.arguments},
@@ -281,6 +312,10 @@ class Comparison:
                 "seconds": sum(each.seconds for each in spent) / seeds + beams,
                 "of_which_teachers_beams": beams,
                 "hardware": sorted({each["hardware"] for each in stored}),
+                "test_loss": {
+                    str(plan): mean(each["losses"][str(plan)] for each in stored if str(plan) in each["losses"])
+                    for plan in self.plans_of(first.own)
+                },
                 "texts": {
                     str(plan): [each["texts"][str(plan)] for each in stored if str(plan) in each["texts"]]
                     for plan in self.plans_of(first.own)
@@ -290,7 +325,8 @@ class Comparison:
             **environment(),
             "settings": {**dataclasses.asdict(self.args), **self._fingerprints},
             "costs": self.costs(),
-            **scored(rows, texts_of_teacher, self.test.targets),
+            "teacher_test_loss": self.loss_of(self.teacher),
+            **scored(rows, self.of_teacher("test", *self.args.decodings)["texts"], self.test.targets),
         }
 
     def costs(self) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from transformers import (
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape, tilings
 from .baselines import DistillationTrainer, LayerDropTrainer, set_dropout
+from .frontier import write_json
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .trainer import ModularTrainer
 from .training_args import DistillationArguments, ModularTrainingArguments
@@ -35,14 +35,6 @@ BANK_FOLDER = "bank"  # in that of a run that made one
 OWN_ARGUMENTS = ("targets", "dropout_rate", "drop_rate", "granularities")
 _FIXED_ARGUMENTS = ("output_dir", "max_steps", "per_device_train_batch_size", "seed")
 TARGETS = ("labels", "beams", "both")
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,13 @@ padding never does. Where the vocabulary is large beside the model, these terms 
 students of one teacher, have in common is an argument.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import log_softmax
+
+from .training_args import DistillationArguments
 
 
 def log_probabilities(logits_BTV: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -27,6 +30,24 @@ class Taught(NamedTuple):
         logs_BTV = log_probabilities(logits_BTV, temperature)
         probabilities_BTV = logs_BTV.exp()
         return cls(probabilities_BTV, (probabilities_BTV * logs_BTV).sum(-1))
+
+
+def prediction_losses(
+    args: DistillationArguments, logits_BTV: torch.Tensor, labels_BT: torch.Tensor, taught: Taught | None
+) -> dict[str, torch.Tensor]:
+    """`task_loss` and `logit_loss`, those that have a weight; the latter where something is taught."""
+    logs = {at: log_probabilities(logits_BTV, at) for at in args.temperatures}
+    terms = {}
+    if args.task_weight:
+        terms["task_loss"] = task_loss(logs[1], labels_BT, args.label_smoothing_factor)
+    if args.logit_weight and taught is not None:
+        terms["logit_loss"] = logit_loss(logs[args.temperature], taught, labels_BT != -100, args.temperature)
+    return terms
+
+
+def weighed(args: DistillationArguments, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The sum of terms, each `<term>_loss` by its `<term>_weight`."""
+    return sum(getattr(args, name.removesuffix("_loss") + "_weight") * term for name, term in terms.items())
 
 
 def task_loss(log_probabilities_BTV: torch.Tensor, labels_BT: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:

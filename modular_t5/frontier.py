@@ -76,6 +76,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def write_json(path: str | os.PathLike, document: Any) -> None:
+    """Whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
 @torch.inference_mode()
 def generate_texts(
     model: PreTrainedModel,
@@ -265,9 +274,7 @@ class Frontier:
         for point in self.points:
             kept = None if math.isnan(self.kept(point)) else self.kept(point)  # JSON has no NaN
             points.append({**asdict(point), "kept_percent": kept, "speedup": self.speedup(point)})
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({**provenance, "metric": self.metric, "points": points}, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+        write_json(path, {**provenance, "metric": self.metric, "points": points})
 
     def plot(self, path: str | os.PathLike, title: str = "") -> None:
         """Quality kept against layer ratio, a line a strategy, beside the same plans before training.
@@ -334,17 +341,22 @@ def plot_curves(
     figure.savefig(path)
 
 
-def picture(of: str) -> tuple[Any, Any]:
-    """A matplotlib figure and its axes, of the size of a card.
+def figure_class(of: str) -> type:
+    """Matplotlib's, which only pictures need.
 
     Raises:
-        ImportError: matplotlib is not installed; the message says that `of` needs it.
+        ImportError: it is not installed; the message says that `of` needs it.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(f"{of} needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    return Figure
+
+
+def picture(of: str) -> tuple[Any, Any]:
+    """A figure and its axes, of the size of a card; an `ImportError` as of `figure_class`."""
+    figure = figure_class(of)(figsize=(8, 4.5), dpi=150, layout="constrained")
     return figure, figure.add_subplot()
 
 

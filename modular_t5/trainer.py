@@ -25,7 +25,7 @@ from .adapters import add_adapters
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
 from .checkpoints import CheckpointingTrainer
 from .configuration_modular_t5 import ModularT5Config
-from .distillation import Taught, attention_loss, hidden_state_loss, log_probabilities, logit_loss, task_loss
+from .distillation import Taught, attention_loss, hidden_state_loss, prediction_losses, weighed
 from .frontier import environment
 from .layout_modular_t5 import own_part_of, running_own_parts
 from .model_card import bank_card, measured_in
@@ -340,7 +340,7 @@ class ModularTrainer(CheckpointingTrainer):
             if of_all:
                 share = share * self.accelerator.num_processes  # the tokens of all, and gradients are averaged
         terms = {name: term * share for name, term in terms.items()}
-        loss = sum(getattr(self.args, name.replace("_loss", "_weight")) * term for name, term in terms.items())
+        loss = weighed(self.args, terms)
         self.loss_sums.add(self.state.global_step, {"loss": loss, **terms})
         if isinstance(model, DistributedDataParallel) and not {"task_loss", "logit_loss"} & terms.keys():
             # DDP waits for the gradient of all that its output was made of, and what it calls output is the logits.
@@ -391,13 +391,8 @@ class ModularTrainer(CheckpointingTrainer):
         with recording(bank, plan, module_ends, replays=replays, attention=attention) as of_student:
             student = model(**self._passed(inputs), **reused)
 
-        terms, target_mask = {}, labels != -100
-        logs = {at: log_probabilities(student.logits, at) for at in args.temperatures}
-        if args.task_weight:
-            terms["task_loss"] = task_loss(logs[1], labels, args.label_smoothing_factor)
-        if args.logit_weight:
-            terms["logit_loss"] = logit_loss(logs[args.temperature], lesson.predictions, target_mask, args.temperature)
-        masks = {"encoder": _source_mask(inputs, student), "decoder": target_mask}
+        terms = prediction_losses(args, student.logits, labels, None if lesson is None else lesson.predictions)
+        masks = {"encoder": _source_mask(inputs, student), "decoder": labels != -100}
         spans = [
             (of_student[side], lesson.records[side], end, masks[side]) for side in SIDES for end in module_ends[side] if lesson is not None
         ]
