@@ -72,7 +72,7 @@ def recording(
     plan: AssemblyPlan,
     ends: Mapping[str, Iterable[int]],
     *,
-    replays: Mapping[str, tuple[int, Replay]] | None = None,
+    replays: Mapping[str, Mapping[int, Replay]] | None = None,
     attention: bool = False,
 ) -> Iterator[dict[str, SideRecord]]:
     """`with recording(bank, plan, ends) as record: bank(...)` runs a plan and fills `record[side]`.
@@ -82,7 +82,8 @@ def recording(
     Args:
         plan: one that the bank can run.
         ends: of each side, after how many original layers to record; where a block of the plan ends.
-        replays: of a side, `(layers, replay)`: the replay stands in for the blocks of the first layers.
+        replays: of a side, by number of original layers passed, what the block that starts there reads, in place of what is below it. Where
+            nothing below is recorded, it does not run.
         attention: record attention probabilities too, self first, then cross. They exist in eager attention only, which both stacks
             must be set to.
     """
@@ -91,12 +92,14 @@ def recording(
         bank.switch_parts(plan)
         restoring.callback(bank.switch_parts, bank.plan)
         for side in SIDES:
-            stack, record, (skipped, replay) = getattr(bank, side), records[side], (replays or {}).get(side, (0, None))
-            running: list[Any] = [] if replay is None else [replay]
+            stack, record, replays_of_side = getattr(bank, side), records[side], (replays or {}).get(side, {})
+            running: list[Any] = []
             for (start, span), block in zip(plan.blocks(side), bank.blocks_of(plan, side), strict=True):
                 end = start + span
-                if end <= skipped:
-                    continue
+                if start in replays_of_side:
+                    while running and not isinstance(running[-1], Recorder):
+                        running.pop()
+                    running.append(replays_of_side[start])
                 running.append(block)
                 if end in ends[side]:
                     record.recorders[end] = Recorder()

@@ -60,19 +60,21 @@ class _Lesson(NamedTuple):
 
 
 class _Turn(NamedTuple):
-    """A plan of a step, the share of its loss, and what it learns from."""
+    """A plan of a step, the share of its loss, what it learns from, and whether its modules read the teacher's states."""
 
     plan: AssemblyPlan
     share: float
     lesson: _Lesson | None
+    fed: bool
 
 
 class ModularTrainer(CheckpointingTrainer):
     """Trains the modules of a bank; everything else of the bank is the teacher, frozen and without dropout.
 
-    Each step runs random plans in place of the original layers, one after the other. The loss of each is the weighted sum of the
-    task's cross-entropy (`task_loss` in the log), the KL divergence from the teacher's predictions (`logit_loss`), the error of the
-    hidden state at the end of every span that a module covers (`hidden_loss`) and, if asked for, that of the module's attention
+    Each step runs random plans in place of the original layers, one after the other. At first every module reads the teacher's own
+    states and learns by itself what its layers do; later it reads what the modules below make of them. The loss of a plan is the weighted
+    sum of the task's cross-entropy (`task_loss` in the log), the KL divergence from the teacher's predictions (`logit_loss`), the error
+    of the hidden state at the end of every span that a module covers (`hidden_loss`) and, if asked for, that of the module's attention
     probabilities (`attention_loss`). All are means over the tokens of the whole step, however it is cut into batches and processes;
     but of the encoder's states and attention a batch counts by its target tokens.
 
@@ -249,10 +251,13 @@ class ModularTrainer(CheckpointingTrainer):
         Raises:
             ValueError: the length of the training is not known yet: before `train()`, without `max_steps`.
         """
+        return self._draw_plans(self.args, step, self._progress_at(step))
+
+    def _progress_at(self, step: int) -> float:
         steps = self.state.max_steps or self.args.max_steps
         if steps <= 0:
             raise ValueError("plans depend on the length of the training, which is not known before train(); set max_steps")
-        return self._draw_plans(self.args, step, min(step / max(steps - 1, 1), 1.0))
+        return min(step / max(steps - 1, 1), 1.0)
 
     def _draw_plans(self, args: ModularTrainingArguments, step: int, progress: float) -> tuple[AssemblyPlan, ...]:
         count = 2 * max(map(len, self._shape.granularities.values())) if args.plans_per_step is None else args.plans_per_step
@@ -329,8 +334,9 @@ class ModularTrainer(CheckpointingTrainer):
             if self.label_smoother is not None and "labels" in inputs:  # which the Trainer will then not pass on
                 inputs = self._with_decoder_inputs(inputs)
             return super().compute_loss(model, inputs, return_outputs)
-        plan, share, lesson = self._turn or self._turns(model, self.plans_of_step(self.state.global_step)[:1], inputs)[0]
-        terms, outputs = self._loss_terms(model, plan, inputs, lesson)
+        turn = self._turn or self._turns(model, self.plans_of_step(self.state.global_step)[:1], inputs)[0]
+        plan, share = turn.plan, turn.share
+        terms, outputs = self._loss_terms(model, turn, inputs)
 
         if num_items_in_batch is not None:
             of_all = self.args.average_tokens_across_devices or self.accelerator.num_processes == 1
@@ -356,35 +362,34 @@ class ModularTrainer(CheckpointingTrainer):
     def _turns(self, model: nn.Module, plans: Sequence[AssemblyPlan], inputs: Mapping[str, Any]) -> list[_Turn]:
         """Of plans that run on the same examples, after one pass of the teacher, recorded wherever one of them needs it."""
         args, bank, lesson = self.args, self.bank, None
+        fed = self._progress_at(self.state.global_step) < args.fed_ratio
         if not self._checked:
             _check_batch(inputs, bank.config)
             self._checked = True
         if isinstance(model, DistributedDataParallel):
             self._watch_running(model, plans)
         if args.logit_weight or args.hidden_weight or args.attention_weight:
-            ends = {
-                side: {end for plan in plans for end in (*_module_ends(plan, side), _shared_with_teacher(plan)[side])} for side in SIDES
-            }
+            ends = {side: {end for plan in plans for end in (*_module_ends(plan, side), *_read(plan, fed)[side])} for side in SIDES}
             bank.eval()
             with torch.no_grad(), recording(bank, self._shape.teacher, ends, attention=bool(args.attention_weight)) as records:
                 outputs = model(**self._passed(inputs))
                 predictions = Taught.of(outputs.logits, args.temperature) if args.logit_weight else None
             lesson = _Lesson(outputs.encoder_last_hidden_state, predictions, records)
-        return [_Turn(plan, 1 / len(plans), lesson) for plan in plans]
+        return [_Turn(plan, 1 / len(plans), lesson, fed) for plan in plans]
 
-    def _loss_terms(
-        self, model: nn.Module, plan: AssemblyPlan, inputs: Mapping[str, Any], lesson: _Lesson | None
-    ) -> tuple[dict[str, torch.Tensor], Seq2SeqLMOutput]:
+    def _loss_terms(self, model: nn.Module, turn: _Turn, inputs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Seq2SeqLMOutput]:
         """Every term that has a weight, by its name in the log, and what the plan put out."""
         args, bank = self.args, self.bank
-        labels = inputs["labels"]
+        plan, lesson, labels = turn.plan, turn.lesson, inputs["labels"]
         module_ends = {side: _module_ends(plan, side) for side in SIDES}
         attention = bool(args.attention_weight)
         replays, reused = {}, {}
         if lesson is not None:
-            shared = _shared_with_teacher(plan)
-            replays = {side: (layers, Replay(lesson.records[side].recorders[layers].passed)) for side, layers in shared.items() if layers}
-            if shared["encoder"] == len(plan.encoder):
+            replays = {
+                side: {layers: Replay(lesson.records[side].recorders[layers].passed) for layers in read}
+                for side, read in _read(plan, turn.fed).items()
+            }
+            if not module_ends["encoder"]:
                 reused["encoder_outputs"] = BaseModelOutput(lesson.encoder_last_hidden_state)
         bank.eval()
         self._set_training_modes(plan)
@@ -504,13 +509,15 @@ def _module_ends(plan: AssemblyPlan, side: str) -> set[int]:
     return {start + span for start, span in plan.blocks(side) if span > 1}
 
 
-def _shared_with_teacher(plan: AssemblyPlan) -> dict[str, int]:
-    """How many layers of each side, from the bottom, put out in a plan what they put out in the teacher.
+def _read(plan: AssemblyPlan, fed: bool) -> dict[str, list[int]]:
+    """After how many layers of each side the teacher's states stand in for the plan's own.
 
-    Those below the first module; the decoder's only where the encoder has no module, for each of them reads the encoder.
+    Below the first module they are the same, the decoder's only where the encoder has no module, for each of its layers reads the encoder.
+    Where modules are fed, below every module.
     """
-    below = {side: next((start for start, span in plan.blocks(side) if span > 1), len(plan.spans(side))) for side in SIDES}
-    return below if below["encoder"] == len(plan.encoder) else {**below, "decoder": 0}
+    starts = {side: [start for start, span in plan.blocks(side) if span > 1] for side in SIDES}
+    same = {"encoder": starts["encoder"][:1], "decoder": starts["decoder"][:1] if not starts["encoder"] else []}
+    return {side: [start for start in (starts if fed else same)[side] if start] for side in SIDES}
 
 
 def _mean(terms: list[torch.Tensor]) -> torch.Tensor:

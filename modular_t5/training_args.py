@@ -92,6 +92,13 @@ class ModularTrainingArguments(DistillationArguments):
         },
     )
     plan_sampling: str = field(default="aligned", metadata={"help": f"How the plans of a step are drawn. {_choices(SAMPLINGS)}"})
+    teacher_fed_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of training, at its start, in which every module reads the teacher's states in place of what the modules below "
+            "it make of them; 0 to 1. By default 0.2, without hidden_weight 0."
+        },
+    )
     curriculum: str = field(
         default="uniform", metadata={"help": f"How the odds of the granularities move during training. {_choices(CURRICULA)}"}
     )
@@ -137,6 +144,15 @@ class ModularTrainingArguments(DistillationArguments):
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)!r}")
         if self.plans_per_step is not None and (not is_integer(self.plans_per_step) or self.plans_per_step < 1):
             raise ValueError(f"plans_per_step must be an integer of at least 1, got {self.plans_per_step!r}")
+        if self.teacher_fed_ratio is not None:
+            check_finite("teacher_fed_ratio", self.teacher_fed_ratio)
+            if not 0 <= self.teacher_fed_ratio <= 1:
+                raise ValueError(f"teacher_fed_ratio must be a number from 0 to 1, got {self.teacher_fed_ratio!r}")
+            if self.teacher_fed_ratio and not self.hidden_weight:
+                raise ValueError(
+                    f"teacher_fed_ratio={self.teacher_fed_ratio!r}: below the top, modules that are fed learn from hidden states "
+                    "alone; set hidden_weight above 0, or this to 0"
+                )
         if self.plan_sampling not in SAMPLINGS:
             raise ValueError(f"unknown plan_sampling {self.plan_sampling!r}; choose one of {', '.join(SAMPLINGS)}")
         if self.curriculum not in CURRICULA:
@@ -161,6 +177,11 @@ class ModularTrainingArguments(DistillationArguments):
             raise ValueError("ddp_find_unused_parameters=False fails: every step leaves the modules unused that are not in its plan")
         # The Trainer's own default is True too, but for gradient checkpointing.
         self.ddp_find_unused_parameters = True
+
+    @property
+    def fed_ratio(self) -> float:
+        """`teacher_fed_ratio`, or its default."""
+        return (0.2 if self.hidden_weight else 0.0) if self.teacher_fed_ratio is None else self.teacher_fed_ratio
 
     def replacing_rate_at(self, progress: float) -> float:
         """The replacing rate at a progress from 0 to 1."""

@@ -78,7 +78,7 @@ def test_a_replay_stands_in_for_the_blocks_below(small_bank, inputs):
         block.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
         for layer, block in enumerate(bank.encoder.block._modules.values())
     ]
-    replays = {"encoder": (4, Replay(of_teacher["encoder"].recorders[4].passed))}
+    replays = {"encoder": {4: Replay(of_teacher["encoder"].recorders[4].passed)}}
     with torch.no_grad(), recording(bank, plan, {"encoder": (), "decoder": ()}, replays=replays):
         replayed = bank(**inputs, use_cache=False).logits
     assert ran == []

@@ -96,11 +96,11 @@ def test_the_teacher_runs_without_dropout_and_the_modules_with(tmp_path, monkeyp
     def note_modes(model, *_):
         dropping.append([name for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and module.training])
 
-    def note_teacher(student, teacher, *rest, loss=modular_t5.trainer.logit_loss):
+    def note_teacher(student, teacher, *rest, loss=modular_t5.distillation.logit_loss):
         lessons.append(teacher)
         return loss(student, teacher, *rest)
 
-    monkeypatch.setattr(modular_t5.trainer, "logit_loss", note_teacher)
+    monkeypatch.setattr(modular_t5.distillation, "logit_loss", note_teacher)
     bank.register_forward_pre_hook(note_modes)
     bank.train()
     trainer.compute_loss(bank, batch)
@@ -298,7 +298,8 @@ def test_a_metric_of_a_plan_that_is_not_evaluated_is_refused(tmp_path):
 
 
 def test_a_prefix_that_is_the_teachers_is_not_run_again_and_nothing_changes(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path, bank=ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.0)), attention_weight=1.0)
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.0))
+    trainer = make_trainer(tmp_path, bank=bank, attention_weight=1.0, teacher_fed_ratio=0.0)
     bank, batch = trainer.model, collate(list(make_dataset(8)))
     for side in ("encoder", "decoder"):
         getattr(bank, side).config._attn_implementation = "eager"
@@ -334,6 +335,43 @@ def test_a_prefix_that_is_the_teachers_is_not_run_again_and_nothing_changes(tmp_
         assert gradients.keys() == {name for name, parameter in bank.named_parameters() if parameter.grad is not None}
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, bank.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "one_by_one"),
+    [
+        ("2x3/1x6", ["2x1-1x4/1x6", "1x2-2x1-1x2/1x6", "1x4-2x1/1x6"]),
+        ("1x6/3x2", ["1x6/3x1-1x3", "1x6/1x3-3x1"]),
+        ("1x6/2x1-1x1-1x1-2x1", ["1x6/2x1-1x4", "1x6/1x4-2x1"]),  # original layers between them
+    ],
+)
+def test_modules_that_are_fed_learn_each_by_itself(tmp_path, monkeypatch, text, one_by_one):
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.0))
+    trainer = make_trainer(tmp_path, bank=bank, teacher_fed_ratio=1.0, task_weight=0.0, logit_weight=0.0)
+    batch = collate(list(make_dataset(8)))
+
+    def loss(text):
+        monkeypatch.setattr(trainer, "plans_of_step", lambda step: (bank.choose_plan(text),))
+        return trainer.compute_loss(bank.train(), batch).item()
+
+    alone = [loss(text) for text in one_by_one]
+    assert loss(text) == pytest.approx(sum(alone) / len(alone), rel=1e-5)
+    trainer.args.teacher_fed_ratio = 0.0
+    assert loss(text) != pytest.approx(sum(alone) / len(alone), rel=1e-2)
+
+
+@pytest.mark.parametrize(("arguments", "fed"), [({}, 2), ({"teacher_fed_ratio": 0.5}, 5), ({"hidden_weight": 0.0}, 0)])
+def test_modules_are_fed_in_the_first_steps(tmp_path, monkeypatch, arguments, fed):
+    trainer = make_trainer(tmp_path, max_steps=10, **arguments)
+    seen = {}
+
+    def note(plan, fed, read=modular_t5.trainer._read):
+        seen[trainer.state.global_step] = fed
+        return read(plan, fed)
+
+    monkeypatch.setattr(modular_t5.trainer, "_read", note)
+    trainer.train()
+    assert [seen[step] for step in range(10)] == [True] * fed + [False] * (10 - fed)
 
 
 def written_out_loss(bank, plan, batch):
@@ -387,7 +425,7 @@ def test_without_distillation_no_teacher_runs(tmp_path):
 
 
 def test_attention_maps_are_learned_and_said_once_to_need_eager_attention(tmp_path, caplog):
-    trainer = make_trainer(tmp_path, attention_weight=10.0, max_steps=30, learning_rate=3e-3)
+    trainer = make_trainer(tmp_path, attention_weight=10.0, max_steps=30, learning_rate=3e-3, teacher_fed_ratio=0.0)
     implementations = []
     trainer.add_callback(Noting(lambda: implementations.append(trainer.model.encoder.config._attn_implementation)))
     with caplog.at_level("WARNING"), propagating("modular_t5"):
