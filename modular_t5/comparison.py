@@ -120,7 +120,7 @@ class Comparison:
             "dataloader_pin_memory": torch.cuda.is_available(),
         }
         self.workshop = Workshop(self.teacher, self.tokenizer, args.granularities, cache(self.examples), training)
-        self.shape: BankShape = self.workshop.new_bank().shape
+        self.shape = self.workshop.shape
         self.plans = tuple(default_plans(self.shape) if args.plans is None else map(self._checked_plan, args.plans))
 
     def _checked_plan(self, name: str) -> AssemblyPlan:
@@ -220,11 +220,10 @@ class Comparison:
         Raises:
             ValueError: it has none of them.
         """
-        granularities = arguments.get("granularities")
-        known = {1, *(sum(self.shape.granularities.values(), ()) if granularities is None else granularities)}
-        plans = tuple(plan for plan in self.plans if {*plan.encoder, *plan.decoder} <= known)
+        known = self.workshop.granularities_of(arguments)
+        plans = tuple(plan for plan in self.plans if all({*plan.spans(side)} <= {1, *known[side]} for side in SIDES))
         if not plans:
-            raise ValueError(f"granularities {granularities} make none of the sizes {', '.join(map(str, self.plans))}")
+            raise ValueError(f"granularities {arguments['granularities']} make none of the sizes {', '.join(map(str, self.plans))}")
         return plans
 
     def run(self) -> dict[str, Any]:

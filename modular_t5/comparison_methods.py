@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ BANK_FOLDER = "bank"  # in that of a run that made one
 OWN_ARGUMENTS = ("targets", "dropout_rate", "drop_rate", "granularities")
 _FIXED_ARGUMENTS = ("output_dir", "max_steps", "per_device_train_batch_size", "seed")
 TARGETS = ("labels", "beams", "both")
+PARTS_OF_GRANULARITIES = {"finest": slice(1), "coarsest": slice(-1, None), "without coarsest": slice(-1)}
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Workshop:
 
     Args:
         teacher, tokenizer: of the comparison.
-        granularities: of the bank; None for the default.
+        granularities: of banks; None for the default.
         examples: of some `targets`, tokenized.
         training: arguments that all trainers have in common.
     """
@@ -122,10 +124,27 @@ class Workshop:
     examples: Callable[[str], Any]
     training: Mapping[str, Any]
 
-    def new_bank(self, granularities: Sequence[int] | Mapping[str, Sequence[int]] | None = None) -> ModularT5ForConditionalGeneration:
+    @cached_property
+    def shape(self) -> BankShape:
+        """Of a bank of all granularities."""
+        return self.new_bank(self.granularities).shape
+
+    def new_bank(self, granularities: Sequence[int] | Mapping[str, Sequence[int]] | None) -> ModularT5ForConditionalGeneration:
         """Around the teacher, modules untrained."""
-        given = self.granularities if granularities is None else granularities
-        return ModularT5ForConditionalGeneration.from_t5(self.teacher, given).to(self.teacher.device)
+        return ModularT5ForConditionalGeneration.from_t5(self.teacher, granularities).to(self.teacher.device)
+
+    def granularities_of(self, own: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """By side, what a run's bank has: all, or those that the method says, by a name in `PARTS_OF_GRANULARITIES` or one by one.
+
+        Raises:
+            ValueError: there is no such name.
+        """
+        given, known = own.get("granularities"), self.shape.granularities
+        if isinstance(given, str):
+            if given not in PARTS_OF_GRANULARITIES:
+                raise ValueError(f"unknown granularities {given!r}; choose one of {', '.join(PARTS_OF_GRANULARITIES)}, or list them")
+            return {side: of_side[PARTS_OF_GRANULARITIES[given]] for side, of_side in known.items()}
+        return {side: tuple(s for s in of_side if given is None or s in given) for side, of_side in known.items()}
 
     def bank_for(self, plan: AssemblyPlan) -> ModularT5ForConditionalGeneration:
         """With the modules of one plan's granularities alone, untrained."""
@@ -213,15 +232,14 @@ def _theseus(workshop: Workshop, run: Run) -> Outcome:
 
 
 def _layerdrop(workshop: Workshop, run: Run) -> Outcome:
-    bank = workshop.new_bank()
-    whole = bank.assemble(bank.shape.teacher)
+    whole = workshop.new_bank(workshop.granularities).assemble(workshop.shape.teacher)
     spent = workshop.train(LayerDropTrainer, whole, run, drop_rate=run.own["drop_rate"])
-    pruned = ModularT5ForConditionalGeneration.from_t5(whole, workshop.granularities)
+    pruned = ModularT5ForConditionalGeneration.from_t5(whole, workshop.granularities_of(run.own))
     return {plan: pruned.assemble(plan) for plan in run.plans}, spent
 
 
 def _modular(workshop: Workshop, run: Run) -> Outcome:
-    bank = workshop.new_bank(run.own.get("granularities"))
+    bank = workshop.new_bank(workshop.granularities_of(run.own))
     spent = workshop.train(ModularTrainer, bank, run)
     bank.save_pretrained(run.folder / BANK_FOLDER)
     return {plan: bank.assemble(plan) for plan in run.plans}, spent
@@ -300,7 +318,7 @@ def _modular_but(description: str, **arguments: Any) -> Method:
     return modular._replace(description=description, arguments={**modular.arguments, **arguments})
 
 
-_PAPER = {"plan_sampling": "mixed", "plans_per_step": 1, "replacing_rate": 0.7}
+_PAPER = {"plan_sampling": "mixed", "plans_per_step": 1, "replacing_rate": 0.7, "teacher_fed_ratio": 0.0}
 
 ABLATIONS: dict[str, Method] = {
     "modular, paper's sampling": _modular_but(
@@ -311,13 +329,14 @@ ABLATIONS: dict[str, Method] = {
     "modular, coarse-to-fine": _modular_but("plans shared out by the paper's curriculum", curriculum="coarse-to-fine"),
     "modular, one plan a step": _modular_but("one plan a step, aligned", plans_per_step=1),
     "modular, mixed plans": _modular_but("as many plans a step, each module of a granularity of its own", plan_sampling="mixed"),
+    "modular, never fed": _modular_but("modules never read the teacher's states", teacher_fed_ratio=0.0),
     "modular, replacing rate 0.7": _modular_but("original layers in three of ten places", replacing_rate=0.7),
     "modular, dropout": _modular_but("modules with dropout", module_dropout=True, dropout_rate=0.1),
     "modular, no hidden states": _modular_but("without the loss of hidden states", hidden_weight=0.0),
     "modular, attention": _modular_but("with the loss of attention probabilities", attention_weight=1.0),
-    "modular, granularity 2": _modular_but("one granularity", granularities=[2]),
-    "modular, granularity 3": _modular_but("one granularity", granularities=[3]),
-    "modular, granularities 2 and 3": _modular_but("two granularities; of 6+6 layers, without the coarsest", granularities=[2, 3]),
+    "modular, finest alone": _modular_but("the finest granularity alone", granularities="finest"),
+    "modular, coarsest alone": _modular_but("the coarsest granularity alone", granularities="coarsest"),
+    "modular, without coarsest": _modular_but("all granularities but the coarsest", granularities="without coarsest"),
     "modular, random order": Method(_in_random_order, "the same bank, other tilings of the same depths", None, per_size=False),
 }
 

@@ -1,6 +1,9 @@
 """`modular-t5 compare`: the whole comparison at pico size, what it refuses, and that it goes on where it was stopped."""
 
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,8 +64,9 @@ def test_the_whole_comparison(given, tmp_path, capsys):
                 low, high = score["BLEU_interval"]
                 assert low <= high
                 assert len(score["BLEU_of_seeds"]) == 1
-    assert set(results["rows"]["modular, granularities 2 and 3"]["scores"]) == set(SIZES) - {"6x1/6x1"}
-    assert set(results["rows"]["modular, granularity 2"]["scores"]) == {"1x6/2x3", "2x3/2x3"}
+    assert set(results["rows"]["modular, without coarsest"]["scores"]) == set(SIZES) - {"6x1/6x1"}
+    assert set(results["rows"]["modular, finest alone"]["scores"]) == {"1x6/2x3", "2x3/2x3"}
+    assert set(results["rows"]["modular, coarsest alone"]["scores"]) == {"6x1/6x1"}
     printed = capsys.readouterr().out
     assert (tmp_path / "out" / "table.md").read_text().strip() in printed
     assert (tmp_path / "out" / "picture.png").stat().st_size > 10_000
@@ -170,6 +174,7 @@ def test_a_torn_file_is_named(given):
         ({"method_arguments": {"modular": {"targets": "guesses"}}}, "unknown targets 'guesses'; choose one of labels, beams, both"),
         ({"method_arguments": {"modular": {"learnin_rate": 1}}}, "arguments of 'modular' do not fit its trainer: .*learnin_rate"),
         ({"method_arguments": {"modular": {"max_steps": 9}}}, "max_steps is the same for all methods; 'modular' cannot have its own"),
+        ({"method_arguments": {"modular": {"granularities": "fine"}}}, "unknown granularities 'fine'; choose one of finest, coarsest"),
         ({"method_arguments": {"modular": {"granularities": [3]}}}, r"granularities \[3\] make none of the sizes 2x3/2x3"),
     ],
 )
@@ -223,3 +228,27 @@ def test_arguments_from_file_and_command_line(given, tmp_path, capsys):
     assert "--source-lang is missing" in capsys.readouterr().err
     assert cli.main(["compare", str(tmp_path / "nowhere.json")]) == 2
     assert "nowhere.json" in capsys.readouterr().err
+
+
+def test_trials_of_arguments(given, tmp_path, monkeypatch):
+    """`benchmarks/compare/tune.py`."""
+    trials = [
+        {"method": "distillation", "arguments": {"learning_rate": 1e-2}, "plans": ["2x3/2x3"]},
+        {"method": "modular", "arguments": {"plans_per_step": 1}},
+    ]
+    (tmp_path / "trials.json").write_text(json.dumps(trials))
+    script = str(Path(__file__).parents[1] / "benchmarks" / "compare" / "tune.py")
+    files = {"trials": "trials.json", "validation_file": "train.jsonl", "output_dir": "tune", "output": "tuned.json"}
+    options = [word for name, file in files.items() for word in (f"--{name}", str(tmp_path / file))]
+    monkeypatch.setattr(sys, "argv", [script, str(tmp_path / "arguments.json"), "--max_steps", "2", *options])
+
+    def tuned():
+        runpy.run_path(script, run_name="__main__")
+        return json.loads((tmp_path / "tuned.json").read_text())
+
+    first = tuned()
+    assert [{name: trial[name] for name in given} for trial, given in zip(first["trials"], trials, strict=True)] == trials
+    assert [list(trial["scores"]) for trial in first["trials"]] == [["2x3/2x3"], SIZES]
+    assert all(loss > 0 and 0 <= bleu <= 100 for trial in first["trials"] for loss, bleu in trial["scores"].values())
+    monkeypatch.setattr(Comparison, "do", None)  # nothing is done again
+    assert tuned()["trials"] == first["trials"]
