@@ -393,7 +393,7 @@ class ModularTrainer(CheckpointingTrainer):
                 reused["encoder_outputs"] = BaseModelOutput(lesson.encoder_last_hidden_state)
         bank.eval()
         self._set_training_modes(plan)
-        with recording(bank, plan, module_ends, replays=replays, attention=attention) as of_student:
+        with recording(bank, plan, module_ends, replays=replays, attention=attention) as of_student, _states_put_out(bank, of_student):
             student = model(**self._passed(inputs), **reused)
 
         terms = prediction_losses(args, student.logits, labels, None if lesson is None else lesson.predictions)
@@ -502,6 +502,22 @@ class ModularTrainer(CheckpointingTrainer):
             if all(isinstance(value, Real) for value in values):
                 metrics[f"{prefix}_{name}"] = sum(values) / len(values)
         return EvalLoopOutput(output.predictions, output.label_ids, metrics, samples)
+
+
+@contextmanager
+def _states_put_out(bank: ModularT5ForConditionalGeneration, records: Mapping[str, SideRecord]) -> Iterator[None]:
+    """Within it, outputs hold the recorded states: DDP seeks what ran in what its output was made of, and a module that is fed leads to
+    none below it."""
+
+    def put(module: nn.Module, args: Any, output: Seq2SeqLMOutput) -> None:
+        for side, record in records.items():
+            output[f"{side}_hidden_states"] = tuple(record.state(end) for end in record.recorders)
+
+    handle = bank.register_forward_hook(put)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _module_ends(plan: AssemblyPlan, side: str) -> set[int]:

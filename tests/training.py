@@ -122,7 +122,7 @@ def main():
     trainer = make_trainer(args.folder, bank=bank, trainer=KilledTrainer, trainer_arguments={"callbacks": [Killing]}, **changes)
     args.folder.mkdir(parents=True, exist_ok=True)
     plans, loss_terms = [], trainer._loss_terms
-    trainer._loss_terms = lambda model, plan, *rest: plans.append(str(plan)) or loss_terms(model, plan, *rest)
+    trainer._loss_terms = lambda model, turn, *rest: plans.append(str(turn.plan)) or loss_terms(model, turn, *rest)
     trained = trainer.train(resume_from_checkpoint=get_last_checkpoint(args.folder))
     result = {
         "train_loss": trained.training_loss,
