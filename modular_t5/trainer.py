@@ -52,11 +52,12 @@ _REFUSED = {
 
 
 class _Lesson(NamedTuple):
-    """What the teacher's pass left: its encoder's output, its predictions if they are learned, what passed between its layers."""
+    """What the teacher's pass left: its predictions if they are learned, what passed between its layers; and by the spans of an encoder
+    what it put out, the teacher's and then those of plans."""
 
-    encoder_last_hidden_state: torch.Tensor
     predictions: Taught | None
     records: dict[str, SideRecord]
+    encoded: dict[tuple[int, ...], torch.Tensor]
 
 
 class _Turn(NamedTuple):
@@ -72,11 +73,13 @@ class ModularTrainer(CheckpointingTrainer):
     """Trains the modules of a bank; everything else of the bank is the teacher, frozen and without dropout.
 
     Each step runs random plans in place of the original layers, one after the other. At first every module reads the teacher's own
-    states and learns by itself what its layers do; later it reads what the modules below make of them. The loss of a plan is the weighted
-    sum of the task's cross-entropy (`task_loss` in the log), the KL divergence from the teacher's predictions (`logit_loss`), the error
-    of the hidden state at the end of every span that a module covers (`hidden_loss`) and, if asked for, that of the module's attention
-    probabilities (`attention_loss`). All are means over the tokens of the whole step, however it is cut into batches and processes;
-    but of the encoder's states and attention a batch counts by its target tokens.
+    states and learns by itself what its layers do; later it reads what the modules below make of them. Where several plans of a step
+    have the same encoder, it runs and learns in the one whose sides are most alike, and the others read what it put out.
+
+    The loss of a plan is the weighted sum of the task's cross-entropy (`task_loss` in the log), the KL divergence from the teacher's
+    predictions (`logit_loss`), the error of the hidden state at the end of every span that a module covers (`hidden_loss`) and, if asked
+    for, that of the module's attention probabilities (`attention_loss`). All are means over the tokens of the whole step, however it is
+    cut into batches and processes; but of the encoder's states and attention a batch counts by its target tokens.
 
     `evaluate` runs `eval_plans`: `eval_<plan>_loss` and metrics of each, and `eval_loss` and metrics that are means over the plans.
     `predict` runs the bank's own plan. Checkpoints hold the modules without the teacher, and appear whole or not at all;
@@ -374,7 +377,8 @@ class ModularTrainer(CheckpointingTrainer):
             with torch.no_grad(), recording(bank, self._shape.teacher, ends, attention=bool(args.attention_weight)) as records:
                 outputs = model(**self._passed(inputs))
                 predictions = Taught.of(outputs.logits, args.temperature) if args.logit_weight else None
-            lesson = _Lesson(outputs.encoder_last_hidden_state, predictions, records)
+            lesson = _Lesson(predictions, records, {self._shape.teacher.encoder: outputs.encoder_last_hidden_state})
+            plans = sorted(plans, key=_difference_of_depths)
         return [_Turn(plan, 1 / len(plans), lesson, fed) for plan in plans]
 
     def _loss_terms(self, model: nn.Module, turn: _Turn, inputs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Seq2SeqLMOutput]:
@@ -389,12 +393,15 @@ class ModularTrainer(CheckpointingTrainer):
                 side: {layers: Replay(lesson.records[side].recorders[layers].passed) for layers in read}
                 for side, read in _read(plan, turn.fed).items()
             }
-            if not module_ends["encoder"]:
-                reused["encoder_outputs"] = BaseModelOutput(lesson.encoder_last_hidden_state)
+            if plan.encoder in lesson.encoded and module_ends["decoder"]:
+                reused["encoder_outputs"] = BaseModelOutput(lesson.encoded[plan.encoder])
+                module_ends["encoder"] = set()
         bank.eval()
         self._set_training_modes(plan)
         with recording(bank, plan, module_ends, replays=replays, attention=attention) as of_student, _states_put_out(bank, of_student):
             student = model(**self._passed(inputs), **reused)
+        if lesson is not None:
+            lesson.encoded.setdefault(plan.encoder, student.encoder_last_hidden_state.detach())
 
         terms = prediction_losses(args, student.logits, labels, None if lesson is None else lesson.predictions)
         masks = {"encoder": _source_mask(inputs, student), "decoder": labels != -100}
@@ -518,6 +525,12 @@ def _states_put_out(bank: ModularT5ForConditionalGeneration, records: Mapping[st
         yield
     finally:
         handle.remove()
+
+
+def _difference_of_depths(plan: AssemblyPlan) -> float:
+    """Between the sides, relative to the teacher's: 0 where they are alike."""
+    encoder, decoder = (len(plan.spans(side)) / sum(plan.spans(side)) for side in SIDES)
+    return abs(encoder - decoder)
 
 
 def _module_ends(plan: AssemblyPlan, side: str) -> set[int]:

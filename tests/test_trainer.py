@@ -374,6 +374,35 @@ def test_modules_are_fed_in_the_first_steps(tmp_path, monkeypatch, arguments, fe
     assert [seen[step] for step in range(10)] == [True] * fed + [False] * (10 - fed)
 
 
+def test_plans_of_the_same_encoder_run_it_once_and_it_learns_where_the_sides_are_alike(tmp_path, monkeypatch):
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.0))
+    trainer = make_trainer(tmp_path, bank=bank, teacher_fed_ratio=0.0)
+    trainer.current_gradient_accumulation_steps = 1  # as in train()
+    batch = collate(list(make_dataset(8)))
+    ran = []
+    bank.encoder.bank["2"][0].register_forward_hook(lambda *_: ran.append("module"))
+
+    def gradients(*texts):
+        ran.clear()
+        bank.zero_grad()
+        monkeypatch.setattr(trainer, "plans_of_step", lambda step: tuple(map(bank.choose_plan, texts)))
+        trainer.training_step(bank, batch)
+        found = {name: parameter.grad.clone() for name, parameter in bank.named_parameters() if parameter.grad is not None}
+        return {side: {name: of for name, of in found.items() if name.startswith(side)} for side in ("encoder", "decoder")}
+
+    alike, unlike = gradients("2x3/2x3"), gradients("2x3/6x1")
+    together = gradients("2x3/6x1", "2x3/2x3")
+    assert len(ran) == 1
+    for name, gradient in together["encoder"].items():
+        torch.testing.assert_close(gradient, alike["encoder"][name] / 2)
+    assert together["decoder"].keys() == alike["decoder"].keys() | unlike["decoder"].keys()
+    name = "decoder.bank.2.0.layer.0.SelfAttention.q.weight"
+    torch.testing.assert_close(together["decoder"][name], alike["decoder"][name] / 2)
+    # Without modules in the decoder there is nothing but the encoder to learn.
+    gradients("2x3/1x6", "2x3/1x6")
+    assert len(ran) == 2
+
+
 def written_out_loss(bank, plan, batch):
     """All four terms from what transformers puts out."""
 
