@@ -24,7 +24,7 @@ from datasets import Dataset
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, T5ForConditionalGeneration
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
-from .comparison_methods import ABLATIONS, METHODS, ROWS, Run, Spent, Workshop, folder_name
+from .comparison_methods import ABLATIONS, METHODS, ROWS, Run, Spent, Workshop, arguments_of, folder_name
 from .comparison_results import plot, scored, tables
 from .frontier import environment, figure_class, generate_texts, measure_speed, write_json
 from .pairs import Pairs, sacrebleu
@@ -207,11 +207,11 @@ class Comparison:
         runs = []
         for seed in self.args.seeds:
             for name in self.args.methods:
-                given = self.args.method_arguments.get(name, {})
-                plans = self.plans_of({**ROWS[name].arguments, **given})
+                arguments = arguments_of(name, self.args.method_arguments)
+                plans = self.plans_of(arguments)
                 for of_run in [(plan,) for plan in plans] if ROWS[name].per_size else [plans]:
                     size = "-".join(map(str, of_run[0].depths)) if ROWS[name].per_size else "all"
-                    runs.append(Run.of(name, of_run, seed, given, self.folder / "runs" / folder_name(name) / size / f"seed-{seed}"))
+                    runs.append(Run.of(name, of_run, seed, arguments, self.folder / "runs" / folder_name(name) / size / f"seed-{seed}"))
         return runs
 
     def plans_of(self, arguments: Mapping[str, Any]) -> tuple[AssemblyPlan, ...]:

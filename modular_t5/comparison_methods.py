@@ -56,10 +56,9 @@ class Run:
     folder: Path
 
     @classmethod
-    def of(cls, method: str, plans: tuple[AssemblyPlan, ...], seed: int, given: Mapping[str, Any], folder: Path) -> "Run":
-        """With the method's arguments, but for those that are given."""
-        arguments = {**ROWS[method].arguments, **given}
-        if fixed := sorted(set(given) & set(_FIXED_ARGUMENTS)):
+    def of(cls, method: str, plans: tuple[AssemblyPlan, ...], seed: int, arguments: Mapping[str, Any], folder: Path) -> "Run":
+        """With the method's arguments and its trainer's, not told apart yet."""
+        if fixed := sorted(set(arguments) & set(_FIXED_ARGUMENTS)):
             raise ValueError(f"{fixed[0]} is the same for all methods; {method!r} cannot have its own")
         own = {name: value for name, value in arguments.items() if name in OWN_ARGUMENTS}
         return cls(method, plans, seed, own, {name: value for name, value in arguments.items() if name not in own}, folder)
@@ -203,6 +202,7 @@ class Method(NamedTuple):
         arguments_class: of its trainer; None if nothing is trained.
         arguments: of the method and of its trainer.
         per_size: whether every size takes a run of its own.
+        varied: the row that this is a variation of; `arguments` are then what differs.
     """
 
     models: Callable[[Workshop, Run], Outcome]
@@ -210,6 +210,7 @@ class Method(NamedTuple):
     arguments_class: type[Seq2SeqTrainingArguments] | None
     arguments: Mapping[str, Any] = {}
     per_size: bool = True
+    varied: str | None = None
 
 
 def _layers_dropped(workshop: Workshop, run: Run) -> Outcome:
@@ -314,8 +315,7 @@ METHODS: dict[str, Method] = {
 
 
 def _modular_but(description: str, **arguments: Any) -> Method:
-    modular = METHODS["modular"]
-    return modular._replace(description=description, arguments={**modular.arguments, **arguments})
+    return METHODS["modular"]._replace(description=description, arguments=arguments, varied="modular")
 
 
 _PAPER = {"plan_sampling": "mixed", "plans_per_step": 1, "replacing_rate": 0.7, "teacher_fed_ratio": 0.0}
@@ -341,3 +341,10 @@ ABLATIONS: dict[str, Method] = {
 }
 
 ROWS = {**METHODS, **ABLATIONS}
+
+
+def arguments_of(name: str, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Of a row, with those that are given by method; a variation starts from what it varies."""
+    row = ROWS[name]
+    varied = {} if row.varied is None else arguments_of(row.varied, given)
+    return {**varied, **row.arguments, **given.get(name, {})}

@@ -205,6 +205,15 @@ def test_rows_differ_from_each_other(given):
     assert len({resolved[name] for name in trained}) == len(trained)
 
 
+def test_variations_start_from_the_arguments_that_are_given(given):
+    arguments = {"modular": {"learning_rate": 0.5, "hidden_weight": 0.1}, "modular, attention": {"learning_rate": 0.25}}
+    every = comparison(given, methods=["modular", *ABLATIONS], plans=None, method_arguments=arguments)
+    found = {run.method: run.arguments for run in every.runs}
+    assert found["modular, never fed"]["learning_rate"] == 0.5
+    assert found["modular, no hidden states"]["hidden_weight"] == 0
+    assert found["modular, attention"] == {**arguments["modular"], "learning_rate": 0.25, "attention_weight": 1.0}
+
+
 def test_beams_of_another_teacher_are_not_taken(given):
     comparison(given, methods=["sequence distillation"]).taught  # noqa: B018
     with pytest.raises(ValueError, match=r"teacher-beams.json was made with other max_target_length"):
