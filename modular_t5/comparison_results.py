@@ -65,8 +65,8 @@ def _printed(score: Mapping[str, Any]) -> str:
 
 
 def tables(results: Mapping[str, Any]) -> str:
-    """Both, in Markdown."""
-    return f"{table(results)}\n\n{ahead_table(results)}"
+    """All three, in Markdown."""
+    return "\n\n".join(of(results) for of in (table, ahead_table, costs_table))
 
 
 def table(results: Mapping[str, Any], decoding: str = "greedy") -> str:
@@ -111,6 +111,22 @@ def ahead_table(results: Mapping[str, Any], decoding: str = "greedy") -> str:
         for plan, of_plan in of_method.items()
     ]
     return markdown_table(["method", "size", "best of one training a size", "ahead by", "95 % interval"], rows, left=3)
+
+
+def costs_table(results: Mapping[str, Any]) -> str:
+    """What the teacher and every size weigh, and how fast they are."""
+    rows = [
+        [
+            "-".join(map(str, of["depths"])),
+            plan,
+            f"{of['layer_ratio']:.2f}x",
+            f"{of['parameters']:,}",
+            f"{of['bytes'] / 1e6:.2f}",
+            *(f"{of[f'tokens_per_second_batch_{size}']:,.0f}" for size in (1, 32)),
+        ]
+        for plan, of in results["costs"].items()
+    ]
+    return markdown_table(["size", "plan", "ratio", "parameters", "MB", "tokens/s, batch 1", "batch 32"], rows, left=2)
 
 
 def plot(results: Mapping[str, Any], path: str | os.PathLike, decoding: str = "greedy", title: str = "") -> None:

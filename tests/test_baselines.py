@@ -40,7 +40,7 @@ def test_its_loss_is_that_of_a_bank_that_runs_the_same_size(tmp_path, monkeypatc
     weights = {"task_weight": 0.5, "logit_weight": 2.0, "hidden_weight": 3.0, "temperature": 2.0, "label_smoothing_factor": 0.1}
     teacher = bank.assemble("1x6/1x6")
     trainer = distilling(tmp_path, teacher, student, **weights)
-    modular = make_trainer(tmp_path, bank=bank, **weights)
+    modular = make_trainer(tmp_path, bank=bank, teacher_fed_ratio=0.0, **weights)
     monkeypatch.setattr(modular, "plans_of_step", lambda step: (PLAN,))
     student.train()
     bank.train()

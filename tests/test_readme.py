@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 import modular_t5
 from modular_t5 import cli
+from modular_t5.comparison_results import ahead_table, costs_table, table
 from modular_t5.training_args import DistillationArguments
 
 
@@ -106,6 +107,13 @@ def test_the_file_tree_is_the_tree():
             named[folder].add(match[1])
     for folder, files in named.items():
         assert files == {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+
+
+def test_the_tables_of_the_comparison_are_its_results():
+    (name,) = set(re.findall(r"\]\((benchmarks/results/[^)]*-compare-everyday\.json)\)", README))
+    results = json.loads((ROOT / name).read_text(encoding="utf-8"))
+    for of in (table, ahead_table, costs_table):
+        assert of(results) in README
 
 
 def test_figures_come_from_result_files_that_exist():
