@@ -59,7 +59,13 @@ def main() -> None:
     for name, trainer_class in TRAINERS.items():
         arguments = {"output_dir": "out/distributed-step", "report_to": "none", "use_cpu": True, "dataloader_pin_memory": False}
         arguments |= {"max_steps": WHOLE_TRAINING, "learning_rate": 1e-6, "seed": args.seed}
-        arguments |= {"plans_per_step": 1, "plan_sampling": "mixed", "replacing_rate": 0.7, "curriculum": "coarse-to-fine"}
+        arguments |= {
+            "plans_per_step": 1,
+            "plan_sampling": "mixed",
+            "replacing_rate": 0.7,
+            "curriculum": "coarse-to-fine",
+            "teacher_fed_ratio": 0.0,
+        }
         bank = ModularT5ForConditionalGeneration.from_t5(teacher)
         trainer = trainer_class(model=bank, args=ModularTrainingArguments(**arguments))
         trainer.state.max_steps = WHOLE_TRAINING

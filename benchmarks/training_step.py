@@ -137,7 +137,15 @@ def without_reuse(bank: ModularT5ForConditionalGeneration, everything_trains: bo
     teachers = [parameter for name, parameter in bank.named_parameters() if ".bank." not in name and everything_trains]
     for parameter in teachers:
         parameter.requires_grad_(True)
-    with patch.object(modular_t5.trainer, "_shared_with_teacher", lambda plan: {"encoder": 0, "decoder": 0}):
+
+    def turns_without_reuse(*given: Any, turns: Any = ModularTrainer._turns) -> Any:
+        made = turns(*given)
+        for turn in made:
+            turn.lesson.encoded.clear()
+        return made
+
+    nothing_read = patch.object(modular_t5.trainer, "_read", lambda plan, fed: {"encoder": [], "decoder": []})
+    with nothing_read, patch.object(ModularTrainer, "_turns", turns_without_reuse):
         try:
             yield
         finally:
@@ -207,7 +215,7 @@ def measured(shape: str, args: argparse.Namespace) -> dict[str, Any]:
         **{"use_cpu": device == "cpu", "dataloader_pin_memory": False, "max_steps": WHOLE_TRAINING, "seed": args.seed},
     }
     arguments["module_dropout"] = True  # the distillation's student has it too
-    paper = {"plans_per_step": 1, "plan_sampling": "mixed", "replacing_rate": 0.7, "curriculum": "coarse-to-fine"}
+    paper = {"plans_per_step": 1, "plan_sampling": "mixed", "replacing_rate": 0.7, "curriculum": "coarse-to-fine", "teacher_fed_ratio": 0.0}
     ours = ModularTrainer(model=bank, args=ModularTrainingArguments(**arguments, **paper))
     defaults = ModularTrainer(model=copy.deepcopy(bank), args=ModularTrainingArguments(**arguments))
     del arguments["module_dropout"]

@@ -38,7 +38,7 @@ TEACHER_FILES, RESULTS_FILE = {"train": "teacher-beams.json", "test": "teacher-t
 TABLE_FILE, PICTURE_FILE = "table.md", "picture.png"
 
 # Of the package, what the outcome of a run does not depend on.
-_ELSEWHERE = ("cli.py", "model_card.py", "rebuilding.py", "comparison.py", "comparison_results.py", "frontier.py", "significance.py")
+_ELSEWHERE = ("cli.py", "model_card.py", "rebuilding.py", "comparison_results.py", "significance.py")
 
 
 @dataclass
@@ -75,9 +75,8 @@ class ComparisonArguments:
     output_dir: str = field(default="out/compare", metadata={"help": "Where runs and results go."})
 
     def __post_init__(self) -> None:
-        if self.methods in (None, ["ablations"]):
-            self.methods = list(METHODS) if self.methods is None else ["modular", *ABLATIONS]
-        for name in [*self.methods, *self.method_arguments]:
+        self.methods = list(METHODS) if self.methods is None else self.methods
+        for name in [*(self.methods if self.methods != ["ablations"] else ()), *self.method_arguments]:
             if name not in ROWS:
                 raise ValueError(f"unknown method {name!r}; choose of {', '.join(ROWS)}")
         if not self.decodings or not set(self.decodings) <= set(DECODINGS) or "greedy" not in self.decodings:
@@ -122,6 +121,7 @@ class Comparison:
         self.workshop = Workshop(self.teacher, self.tokenizer, args.granularities, cache(self.examples), training)
         self.shape = self.workshop.shape
         self.plans = tuple(default_plans(self.shape) if args.plans is None else map(self._checked_plan, args.plans))
+        self.methods = self._ablations() if args.methods == ["ablations"] else args.methods
 
     def _checked_plan(self, name: str) -> AssemblyPlan:
         plan = self.shape.check(AssemblyPlan.from_any(name))
@@ -206,7 +206,7 @@ class Comparison:
         """Every run of the table, methods in their order."""
         runs = []
         for seed in self.args.seeds:
-            for name in self.args.methods:
+            for name in self.methods:
                 arguments = arguments_of(name, self.args.method_arguments)
                 plans = self.plans_of(arguments)
                 for of_run in [(plan,) for plan in plans] if ROWS[name].per_size else [plans]:
@@ -214,14 +214,26 @@ class Comparison:
                     runs.append(Run.of(name, of_run, seed, arguments, self.folder / "runs" / folder_name(name) / size / f"seed-{seed}"))
         return runs
 
+    def _ablations(self) -> list[str]:
+        """Our method and what it is without one thing or the other; but those that make no size, or the same as one before."""
+        rows: dict[str, str] = {}
+        for name in ("modular", *ABLATIONS):
+            arguments = arguments_of(name, self.args.method_arguments)
+            granularities = self.workshop.granularities_of(arguments)
+            if self._plans_with(granularities):
+                rows.setdefault(json.dumps([str(ROWS[name].models), {**arguments, "granularities": granularities}], sort_keys=True), name)
+        return list(rows.values())
+
+    def _plans_with(self, granularities: Mapping[str, Sequence[int]]) -> tuple[AssemblyPlan, ...]:
+        return tuple(plan for plan in self.plans if all({*plan.spans(side)} <= {1, *granularities[side]} for side in SIDES))
+
     def plans_of(self, arguments: Mapping[str, Any]) -> tuple[AssemblyPlan, ...]:
         """The sizes that a bank of a method's granularities has too.
 
         Raises:
             ValueError: it has none of them.
         """
-        known = self.workshop.granularities_of(arguments)
-        plans = tuple(plan for plan in self.plans if all({*plan.spans(side)} <= {1, *known[side]} for side in SIDES))
+        plans = self._plans_with(self.workshop.granularities_of(arguments))
         if not plans:
             raise ValueError(f"granularities {arguments['granularities']} make none of the sizes {', '.join(map(str, self.plans))}")
         return plans
@@ -265,7 +277,7 @@ class Comparison:
             "plans": list(map(str, run.plans)),
             "seed": run.seed,
             "own": dict(run.own),
-            "arguments": {} if arguments is None else arguments.to_dict() | {"output_dir": None, "logging_dir": None},
+            "arguments": dict(run.arguments) if arguments is None else arguments.to_dict() | {"output_dir": None, "logging_dir": None},
             **{name: getattr(self.args, name) for name in of_all},
             **self._fingerprints,
             "code_sha256": _code_sha256(),
@@ -294,7 +306,7 @@ class Comparison:
     def results(self) -> dict[str, Any]:
         """Scores, costs and speeds of every row."""
         rows = {}
-        for name in self.args.methods:
+        for name in self.methods:
             runs = [run for run in self.runs if run.method == name]
             stored = [self.stored(run) for run in runs]
             seeds, (first, *_) = len(self.args.seeds), runs

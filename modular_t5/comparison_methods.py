@@ -136,13 +136,15 @@ class Workshop:
         """By side, what a run's bank has: all, or those that the method says, by a name in `PARTS_OF_GRANULARITIES` or one by one.
 
         Raises:
-            ValueError: there is no such name.
+            ValueError: there is no such name, or no such granularity.
         """
         given, known = own.get("granularities"), self.shape.granularities
         if isinstance(given, str):
             if given not in PARTS_OF_GRANULARITIES:
                 raise ValueError(f"unknown granularities {given!r}; choose one of {', '.join(PARTS_OF_GRANULARITIES)}, or list them")
             return {side: of_side[PARTS_OF_GRANULARITIES[given]] for side, of_side in known.items()}
+        if unknown := set(given or ()).difference(*known.values()):
+            raise ValueError(f"granularities {given}: the bank has no {min(unknown)}, only {known}")
         return {side: tuple(s for s in of_side if given is None or s in given) for side, of_side in known.items()}
 
     def bank_for(self, plan: AssemblyPlan) -> ModularT5ForConditionalGeneration:
@@ -330,14 +332,20 @@ ABLATIONS: dict[str, Method] = {
     "modular, one plan a step": _modular_but("one plan a step, aligned", plans_per_step=1),
     "modular, mixed plans": _modular_but("as many plans a step, each module of a granularity of its own", plan_sampling="mixed"),
     "modular, never fed": _modular_but("modules never read the teacher's states", teacher_fed_ratio=0.0),
-    "modular, replacing rate 0.7": _modular_but("original layers in three of ten places", replacing_rate=0.7),
+    "modular, replacing rate 0.7": _modular_but(
+        "original layers in three of ten places", replacing_rate=0.7, replacing_rate_schedule="constant"
+    ),
     "modular, dropout": _modular_but("modules with dropout", module_dropout=True, dropout_rate=0.1),
-    "modular, no hidden states": _modular_but("without the loss of hidden states", hidden_weight=0.0),
+    "modular, no hidden states": _modular_but(
+        "without the loss of hidden states, and so never fed", hidden_weight=0.0, teacher_fed_ratio=0.0
+    ),
     "modular, attention": _modular_but("with the loss of attention probabilities", attention_weight=1.0),
     "modular, finest alone": _modular_but("the finest granularity alone", granularities="finest"),
     "modular, coarsest alone": _modular_but("the coarsest granularity alone", granularities="coarsest"),
     "modular, without coarsest": _modular_but("all granularities but the coarsest", granularities="without coarsest"),
-    "modular, random order": Method(_in_random_order, "the same bank, other tilings of the same depths", None, per_size=False),
+    "modular, random order": Method(
+        _in_random_order, "the same bank, other tilings of these depths", None, per_size=False, varied="modular"
+    ),
 }
 
 ROWS = {**METHODS, **ABLATIONS}

@@ -1,4 +1,4 @@
-"""Loss terms of distillation, as pure functions of tensors. Every one is a mean over the tokens that a mask leaves, 0 if none.
+"""Loss terms of distillation, and how arguments weigh them. Every term is a mean over the tokens that a mask leaves, 0 if none.
 
 Shapes: B batch, T tokens of a side, K tokens attended to, D d_model, N heads, V vocabulary. A mask is true where a token counts;
 padding never does. Where the vocabulary is large beside the model, these terms are a good part of a step: what several of them, or several

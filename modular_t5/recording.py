@@ -94,6 +94,7 @@ def recording(
         for side in SIDES:
             stack, record, replays_of_side = getattr(bank, side), records[side], (replays or {}).get(side, {})
             running: list[Any] = []
+            assert replays_of_side.keys() <= {start for start, _ in plan.blocks(side)}, "a replay stands where a block starts"
             for (start, span), block in zip(plan.blocks(side), bank.blocks_of(plan, side), strict=True):
                 end = start + span
                 if start in replays_of_side:

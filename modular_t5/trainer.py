@@ -72,12 +72,12 @@ class _Turn(NamedTuple):
 class ModularTrainer(CheckpointingTrainer):
     """Trains the modules of a bank; everything else of the bank is the teacher, frozen and without dropout.
 
-    Each step runs random plans in place of the original layers, one after the other. At first every module reads the teacher's own
-    states and learns by itself what its layers do; later it reads what the modules below make of them. Where several plans of a step
-    have the same encoder, it runs and learns in the one whose sides are most alike, and the others read what it put out.
+    Each step runs random plans in place of the original layers, one after the other. At first every module reads the teacher's states
+    of its side, and so learns by itself what its layers do; later it reads what the modules below make of them. What an encoder puts
+    out is read by all plans of a step that have it: it runs and learns in the one whose sides are most alike, with what is taught there.
 
     The loss of a plan is the weighted sum of the task's cross-entropy (`task_loss` in the log), the KL divergence from the teacher's
-    predictions (`logit_loss`), the error of the hidden state at the end of every span that a module covers (`hidden_loss`) and, if asked
+    predictions (`logit_loss`), the error of the hidden state at the end of every span whose module learns (`hidden_loss`) and, if asked
     for, that of the module's attention probabilities (`attention_loss`). All are means over the tokens of the whole step, however it is
     cut into batches and processes; but of the encoder's states and attention a batch counts by its target tokens.
 
@@ -177,7 +177,7 @@ class ModularTrainer(CheckpointingTrainer):
         for field in dataclasses.fields(self.args):
             value = getattr(self.args, field.name, None)
             is_told = field.init and field.default is not dataclasses.MISSING and field.name not in _UNTOLD
-            if is_told and value != field.default and (value or field.default):
+            if is_told and value != field.default and (value or field.default or isinstance(value, float)):
                 arguments[field.name] = str(getattr(value, "value", value))
         logged = [entry["train_runtime"] for entry in self.state.log_history if "train_runtime" in entry]
         return {
@@ -254,16 +254,17 @@ class ModularTrainer(CheckpointingTrainer):
         Raises:
             ValueError: the length of the training is not known yet: before `train()`, without `max_steps`.
         """
-        return self._draw_plans(self.args, step, self._progress_at(step))
+        return self._draw_plans(self.args, step, min(step / max(self._steps() - 1, 1), 1.0))
 
-    def _progress_at(self, step: int) -> float:
+    def _steps(self) -> int:
         steps = self.state.max_steps or self.args.max_steps
         if steps <= 0:
             raise ValueError("plans depend on the length of the training, which is not known before train(); set max_steps")
-        return min(step / max(steps - 1, 1), 1.0)
+        return steps
 
     def _draw_plans(self, args: ModularTrainingArguments, step: int, progress: float) -> tuple[AssemblyPlan, ...]:
-        count = 2 * max(map(len, self._shape.granularities.values())) if args.plans_per_step is None else args.plans_per_step
+        of_sides = [len(granularities) for granularities in self._shape.granularities.values() if granularities]
+        count = max(of_sides) * len(of_sides) if args.plans_per_step is None else args.plans_per_step
         drawn = {"sampling": args.plan_sampling, "count": count, "replacing_rate": args.replacing_rate_at(progress)}
         return draw_plans(self._shape, seed=args.seed, step=step, progress=progress, odds=self._odds, **drawn)
 
@@ -352,7 +353,7 @@ class ModularTrainer(CheckpointingTrainer):
         loss = weighed(self.args, terms)
         self.loss_sums.add(self.state.global_step, {"loss": loss, **terms})
         if isinstance(model, DistributedDataParallel) and not {"task_loss", "logit_loss"} & terms.keys():
-            # DDP waits for the gradient of all that its output was made of, and what it calls output is the logits.
+            # DDP waits for the gradient of all that its output was made of, the logits among it.
             loss = loss + 0 * outputs.logits.sum()
         if not torch.isfinite(loss):
             broken = {name: term.item() for name, term in terms.items() if not torch.isfinite(term)} or {"loss": loss.item()}
@@ -365,7 +366,7 @@ class ModularTrainer(CheckpointingTrainer):
     def _turns(self, model: nn.Module, plans: Sequence[AssemblyPlan], inputs: Mapping[str, Any]) -> list[_Turn]:
         """Of plans that run on the same examples, after one pass of the teacher, recorded wherever one of them needs it."""
         args, bank, lesson = self.args, self.bank, None
-        fed = self._progress_at(self.state.global_step) < args.fed_ratio
+        fed = self.state.global_step < args.fed_ratio * self._steps()
         if not self._checked:
             _check_batch(inputs, bank.config)
             self._checked = True
@@ -398,7 +399,7 @@ class ModularTrainer(CheckpointingTrainer):
                 module_ends["encoder"] = set()
         bank.eval()
         self._set_training_modes(plan)
-        with recording(bank, plan, module_ends, replays=replays, attention=attention) as of_student, _states_put_out(bank, of_student):
+        with recording(bank, plan, module_ends, replays=replays, attention=attention) as of_student, _seen_by_ddp(model, of_student):
             student = model(**self._passed(inputs), **reused)
         if lesson is not None:
             lesson.encoded.setdefault(plan.encoder, student.encoder_last_hidden_state.detach())
@@ -512,15 +513,18 @@ class ModularTrainer(CheckpointingTrainer):
 
 
 @contextmanager
-def _states_put_out(bank: ModularT5ForConditionalGeneration, records: Mapping[str, SideRecord]) -> Iterator[None]:
-    """Within it, outputs hold the recorded states: DDP seeks what ran in what its output was made of, and a module that is fed leads to
-    none below it."""
+def _seen_by_ddp(model: nn.Module, records: Mapping[str, SideRecord]) -> Iterator[None]:
+    """Within it, outputs of a model in DDP hold the recorded states: DDP seeks what ran in what its output was made of, and a module that
+    is fed leads to none below it."""
+    if not isinstance(model, DistributedDataParallel):
+        yield
+        return
 
     def put(module: nn.Module, args: Any, output: Seq2SeqLMOutput) -> None:
         for side, record in records.items():
             output[f"{side}_hidden_states"] = tuple(record.state(end) for end in record.recorders)
 
-    handle = bank.register_forward_hook(put)
+    handle = model.module.register_forward_hook(put)
     try:
         yield
     finally:

@@ -87,16 +87,16 @@ class ModularTrainingArguments(DistillationArguments):
     plans_per_step: int | None = field(
         default=None,
         metadata={
-            "help": "How many plans every step runs, one after the other on the same examples; the loss is their mean. By default two for "
-            "each granularity."
+            "help": "How many plans every step runs, one after the other on the same examples; the loss is their mean. By default one for "
+            "each granularity of the side that has more, and as many again where both sides have modules."
         },
     )
     plan_sampling: str = field(default="aligned", metadata={"help": f"How the plans of a step are drawn. {_choices(SAMPLINGS)}"})
     teacher_fed_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "Share of training, at its start, in which every module reads the teacher's states in place of what the modules below "
-            "it make of them; 0 to 1. By default 0.2, without hidden_weight 0."
+            "help": "Share of training, at its start, in which every module reads the teacher's states of its side in place of what the "
+            "modules below it make of them; 0 to 1. By default 0.2, and 0 if hidden_weight is 0."
         },
     )
     curriculum: str = field(

@@ -360,7 +360,9 @@ def test_modules_that_are_fed_learn_each_by_itself(tmp_path, monkeypatch, text, 
     assert loss(text) != pytest.approx(sum(alone) / len(alone), rel=1e-2)
 
 
-@pytest.mark.parametrize(("arguments", "fed"), [({}, 2), ({"teacher_fed_ratio": 0.5}, 5), ({"hidden_weight": 0.0}, 0)])
+@pytest.mark.parametrize(
+    ("arguments", "fed"), [({}, 2), ({"teacher_fed_ratio": 0.5}, 5), ({"teacher_fed_ratio": 1.0}, 10), ({"hidden_weight": 0.0}, 0)]
+)
 def test_modules_are_fed_in_the_first_steps(tmp_path, monkeypatch, arguments, fed):
     trainer = make_trainer(tmp_path, max_steps=10, **arguments)
     seen = {}
@@ -732,6 +734,8 @@ def test_a_loss_that_is_none_stops_with_what_broke(tmp_path):
     ("changes", "message"),
     [
         ({"plans_per_step": 0}, "plans_per_step must be an integer of at least 1, got 0"),
+        ({"teacher_fed_ratio": 1.5}, "teacher_fed_ratio must be a number from 0 to 1, got 1.5"),
+        ({"teacher_fed_ratio": 0.1, "hidden_weight": 0.0}, "teacher_fed_ratio=0.1: below the top"),
         ({"plan_sampling": "all"}, "unknown plan_sampling 'all'; choose one of aligned, mixed"),
         ({"replacing_rate": 0.0}, "replacing_rate must be above 0 and at most 1, got 0.0"),
         ({"replacing_rate": 1.5}, "replacing_rate .* got 1.5"),

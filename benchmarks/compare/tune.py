@@ -11,11 +11,14 @@ greedy BLEU of each.
 import argparse
 import hashlib
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
 
-from modular_t5.comparison import Comparison, ComparisonArguments
+from modular_t5.comparison import TEACHER_FILES, Comparison, ComparisonArguments
 from modular_t5.frontier import environment, markdown_table, write_json
 from modular_t5.pairs import scores_of
 
@@ -33,17 +36,36 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     settings = json.loads(args.settings.read_text())
     given = {"test_file": args.validation_file, "max_steps": args.max_steps, "seeds": [args.seed], "decodings": ["greedy"]}
-    trials = []
-    for trial in json.loads(args.trials.read_text()):
-        name = hashlib.sha256(json.dumps([trial, args.max_steps, args.seed]).encode()).hexdigest()[:12]
-        method, own = trial["method"], {"output_dir": str(args.output_dir / name)}
+    trials = json.loads(args.trials.read_text())
+    comparisons = []  # what does not fit is said before anything is trained
+    for trial in trials:
+        method, name = trial["method"], hashlib.sha256(json.dumps([trial, args.max_steps, args.seed]).encode()).hexdigest()[:12]
+        own = {"methods": [method], "method_arguments": {**settings.get("method_arguments", {}), method: trial["arguments"]}}
         sizes = {"plans": trial["plans"]} if "plans" in trial else {}
-        of_trial = {**settings, **given, **own, **sizes, "methods": [method], "method_arguments": {method: trial["arguments"]}}
-        scores = scores_of_trial(Comparison(ComparisonArguments(**of_trial)))
-        trials.append({**trial, "scores": scores})
+        folder = {"output_dir": str(args.output_dir / name)}
+        comparisons.append(Comparison(ComparisonArguments(**{**settings, **given, **own, **sizes, **folder})))
+        for run in comparisons[-1].runs:
+            comparisons[-1].is_done(run)
+    done = []
+    for trial, comparison in zip(trials, comparisons, strict=True):
+        with beams_of_all(args.output_dir, comparison):
+            scores = scores_of_trial(comparison)
+        done.append({**trial, "scores": scores})
         rows = [[size, *map("{:.3f}".format, of_size)] for size, of_size in scores.items()]
         print(json.dumps(trial), markdown_table(["size", "loss", "BLEU"], rows), sep="\n", flush=True)
-        write_json(args.output, {**environment(), "settings": {**settings, **given}, "trials": trials})
+        write_json(args.output, {**environment(), "settings": {**settings, **given}, "trials": done})
+
+
+@contextmanager
+def beams_of_all(folder: Path, comparison: Comparison) -> Iterator[None]:
+    """The teacher's beams are the same for every trial."""
+    beams = TEACHER_FILES["train"]
+    if (folder / beams).exists():
+        comparison.folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / beams, comparison.folder)
+    yield
+    if (comparison.folder / beams).exists():
+        shutil.copy(comparison.folder / beams, folder)
 
 
 def scores_of_trial(comparison: Comparison) -> dict[str, tuple[float, float]]:
