@@ -176,6 +176,8 @@ def test_a_torn_file_is_named(given):
         ({"method_arguments": {"modular": {"learnin_rate": 1}}}, "arguments of 'modular' do not fit its trainer: .*learnin_rate"),
         ({"method_arguments": {"modular": {"max_steps": 9}}}, "max_steps is the same for all methods; 'modular' cannot have its own"),
         ({"method_arguments": {"modular": {"granularities": "fine"}}}, "unknown granularities 'fine'; choose one of finest, coarsest"),
+        ({"method_arguments": {"modular": {"granularities": [2, 5]}}}, r"granularities \[2, 5\]: the bank has no 5"),
+        ({"methods": ["ablations"], "method_arguments": {"magic": {}}}, "unknown method 'magic'"),
         ({"method_arguments": {"modular": {"granularities": [3]}}}, r"granularities \[3\] make none of the sizes 2x3/2x3"),
     ],
 )
@@ -204,6 +206,15 @@ def test_rows_differ_from_each_other(given):
     }
     trained = [name for name, row in ROWS.items() if row.arguments_class is not None]
     assert len({resolved[name] for name in trained}) == len(trained)
+
+
+def test_ablations_are_those_that_the_sizes_have_each_once(given):
+    whole = comparison(given, methods=["ablations"], plans=None).methods
+    assert whole == ["modular", *ABLATIONS]
+    finest = comparison(given, methods=["ablations"], plans=["2x3/2x3"]).methods
+    assert [name for name in whole if name not in finest] == ["modular, coarsest alone"]
+    two = comparison(given, methods=["ablations"], granularities=[2, 6], plans=["2x3/2x3", "6x1/6x1"]).methods
+    assert [name for name in whole if name not in two] == ["modular, without coarsest"]  # which is the finest alone
 
 
 def test_variations_start_from_the_arguments_that_are_given(given):

@@ -376,6 +376,19 @@ def test_modules_are_fed_in_the_first_steps(tmp_path, monkeypatch, arguments, fe
     assert [seen[step] for step in range(10)] == [True] * fed + [False] * (10 - fed)
 
 
+def test_of_a_bank_with_modules_on_one_side_no_plan_runs_twice(tmp_path):
+    for granularities in ({"encoder": [2, 3], "decoder": []}, {"encoder": [], "decoder": [2, 3]}):
+        bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(), granularities)
+        plans = make_trainer(tmp_path, bank=bank, **DEFAULTS).plans_of_step(0)
+        assert len(plans) == len(set(plans)) == 2
+
+
+def test_a_card_is_told_of_a_dial_that_is_0(tmp_path):
+    arguments = make_trainer(tmp_path, teacher_fed_ratio=0.0).training_record()["arguments"]
+    assert arguments["teacher_fed_ratio"] == "0.0"
+    assert "temperature" not in arguments
+
+
 def test_plans_of_the_same_encoder_run_it_once_and_it_learns_where_the_sides_are_alike(tmp_path, monkeypatch):
     bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.0))
     trainer = make_trainer(tmp_path, bank=bank, teacher_fed_ratio=0.0)
