@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 from torch.nn.parallel import DistributedDataParallel
-from training_step import SHAPES, WHOLE_TRAINING, random_batches
+from training_step import PAPER, SHAPES, WHOLE_TRAINING, random_batches
 from transformers import T5Config, T5ForConditionalGeneration
 
 from modular_t5 import ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
@@ -59,13 +59,7 @@ def main() -> None:
     for name, trainer_class in TRAINERS.items():
         arguments = {"output_dir": "out/distributed-step", "report_to": "none", "use_cpu": True, "dataloader_pin_memory": False}
         arguments |= {"max_steps": WHOLE_TRAINING, "learning_rate": 1e-6, "seed": args.seed}
-        arguments |= {
-            "plans_per_step": 1,
-            "plan_sampling": "mixed",
-            "replacing_rate": 0.7,
-            "curriculum": "coarse-to-fine",
-            "teacher_fed_ratio": 0.0,
-        }
+        arguments |= PAPER
         bank = ModularT5ForConditionalGeneration.from_t5(teacher)
         trainer = trainer_class(model=bank, args=ModularTrainingArguments(**arguments))
         trainer.state.max_steps = WHOLE_TRAINING

@@ -49,6 +49,7 @@ from transformers import (
 import modular_t5.trainer
 from modular_t5 import AssemblyPlan, ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
 from modular_t5.baselines import DistillationTrainer
+from modular_t5.comparison_methods import ABLATIONS
 from modular_t5.frontier import environment, markdown_table
 from modular_t5.training_args import DistillationArguments
 
@@ -58,6 +59,7 @@ SHAPES = {
     "t5-base": {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_heads": 12, "num_layers": 12},
 }
 WHOLE_TRAINING = 10_000  # steps
+PAPER = ABLATIONS["modular, paper's sampling"].arguments  # one plan a step, and what else the paper does
 GOALS = {"time": 0.9, "memory": 1.0}
 
 
@@ -214,11 +216,9 @@ def measured(shape: str, args: argparse.Namespace) -> dict[str, Any]:
         **{"output_dir": "out/training-step", "report_to": "none", "save_strategy": "no", "bf16": args.bf16, "learning_rate": 1e-6},
         **{"use_cpu": device == "cpu", "dataloader_pin_memory": False, "max_steps": WHOLE_TRAINING, "seed": args.seed},
     }
-    arguments["module_dropout"] = True  # the distillation's student has it too
-    paper = {"plans_per_step": 1, "plan_sampling": "mixed", "replacing_rate": 0.7, "curriculum": "coarse-to-fine", "teacher_fed_ratio": 0.0}
-    ours = ModularTrainer(model=bank, args=ModularTrainingArguments(**arguments, **paper))
-    defaults = ModularTrainer(model=copy.deepcopy(bank), args=ModularTrainingArguments(**arguments))
-    del arguments["module_dropout"]
+    dropping = {**arguments, "module_dropout": True}  # the distillation's student has it too
+    ours = ModularTrainer(model=bank, args=ModularTrainingArguments(**dropping, **PAPER))
+    defaults = ModularTrainer(model=copy.deepcopy(bank), args=ModularTrainingArguments(**dropping))
     plain = DistillationTrainer(student, DistillationArguments(**arguments), teacher=teacher, plan=AssemblyPlan.from_any(half))
     for trainer in (ours, defaults, plain):
         trainer.state.max_steps = WHOLE_TRAINING

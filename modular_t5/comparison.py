@@ -240,18 +240,27 @@ class Comparison:
 
     def run(self) -> dict[str, Any]:
         """Do what is missing; returns the results, which are also in the folder, with a table and a picture."""
-        missing = [run for run in self.runs if not self.is_done(run)]  # what does not fit is said before anything is trained
-        for run in missing:
-            self.workshop.arguments_of(run)
-        for number, run in enumerate(missing, start=1):
-            sizes = ", ".join("-".join(map(str, plan.depths)) for plan in run.plans)
-            print(f"run {number} of {len(missing)}: {run.method}, {sizes}, seed {run.seed}", file=sys.stderr, flush=True)
-            self.do(run)
+        self.do_missing()
         results = self.results()
         write_json(self.folder / RESULTS_FILE, results)
         (self.folder / TABLE_FILE).write_text(tables(results) + "\n", encoding="utf-8")
         plot(results, self.folder / PICTURE_FILE, title=f"{self.args.max_steps} steps a training")
         return results
+
+    def missing(self) -> list[Run]:
+        """Runs that are not there; a `ValueError` if one of them, or of those that are, does not fit."""
+        missing = [run for run in self.runs if not self.is_done(run)]
+        for run in missing:
+            self.workshop.arguments_of(run)
+        return missing
+
+    def do_missing(self) -> None:
+        """What does not fit is said before anything is trained."""
+        missing = self.missing()
+        for number, run in enumerate(missing, start=1):
+            sizes = ", ".join("-".join(map(str, plan.depths)) for plan in run.plans)
+            print(f"run {number} of {len(missing)}: {run.method}, {sizes}, seed {run.seed}", file=sys.stderr, flush=True)
+            self.do(run)
 
     def is_done(self, run: Run) -> bool:
         """Whether a run is there.

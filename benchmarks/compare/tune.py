@@ -44,8 +44,7 @@ def main() -> None:
         sizes = {"plans": trial["plans"]} if "plans" in trial else {}
         folder = {"output_dir": str(args.output_dir / name)}
         comparisons.append(Comparison(ComparisonArguments(**{**settings, **given, **own, **sizes, **folder})))
-        for run in comparisons[-1].runs:
-            comparisons[-1].is_done(run)
+        comparisons[-1].missing()
     done = []
     for trial, comparison in zip(trials, comparisons, strict=True):
         with beams_of_all(args.output_dir, comparison):
@@ -70,10 +69,9 @@ def beams_of_all(folder: Path, comparison: Comparison) -> Iterator[None]:
 
 def scores_of_trial(comparison: Comparison) -> dict[str, tuple[float, float]]:
     """By size, loss and BLEU of every run of a comparison, after doing what is missing."""
+    comparison.do_missing()
     scores = {}
     for run in comparison.runs:
-        if not comparison.is_done(run):
-            comparison.do(run)
         stored = comparison.stored(run)
         for plan, texts in stored["texts"].items():
             scores[plan] = stored["losses"][plan], scores_of(texts["greedy"], comparison.test.targets)["BLEU"]
