@@ -22,8 +22,9 @@ INITIALIZATIONS = {
     "bottom-first": lambda start, span: 0 if start == 0 else span - 1,
 }
 
-# What a bank may train of its own beside modules: part -> its name in a T5 and in the bank.
-OWN_PARTS = {"final_norms": "final_layer_norm", "head": "lm_head"}
+# What a bank may train of its own beside modules: part -> its name in a T5 and in the bank. The head comes after the embeddings that it
+# may be tied to.
+OWN_PARTS = {"embeddings": "embed_tokens", "final_norms": "final_layer_norm", "head": "lm_head"}
 
 # Where a bank's code lies among the files that are saved with it, for use where this package is not installed.
 _AUTO_MAP = {
@@ -74,7 +75,7 @@ class ModularT5Config(T5Config):
         plan: what the bank runs: an `AssemblyPlan`, its notation (`"2x6/2x6"`) or `{"encoder": [...], "decoder": [...]}`, which is
             also how it is stored. By default all original layers, that is, the teacher.
         initialization: which layer of its span a module started as, a name in `INITIALIZATIONS`.
-        own_parts: what the bank has of its own beside modules: none, one or both of `OWN_PARTS`.
+        own_parts: what the bank has of its own beside modules: none or some of `OWN_PARTS`.
         teacher: `{"name_or_path": ..., "revision": ...}` of the T5 that the bank was built around, and, where a bank is saved
             without it, the `"sha256"` of its weights.
         modules_only: whether a saved bank is without its teacher.

@@ -156,6 +156,7 @@ class SavedBank:
         self._of_embeddings = {*EMBEDDINGS, *([HEAD] if self._told_tied else [])} - {SHARED}
         self.stored = StoredTensors(source, variant=variant, folder=folder, **self.hub_arguments)
         self._teacher = teacher
+        self.config.tie_word_embeddings = not self._has_head
         if strict:
             self._check_names()
 

@@ -197,7 +197,7 @@ def shard_table(config: ModularT5Config, modules_only: bool) -> list[tuple[str, 
         rows += [(f"model-{side}-modules-{s}.safetensors", f"{what}, each for {s} {side} layers") for s in config.granularities[side]]
     if config.own_parts:
         parts = " and ".join(part.replace("_", " ") for part in config.own_parts)
-        rows.append(("model-own.safetensors", f"{parts} of the bank's own, for sides with modules"))
+        rows.append(("model-own.safetensors", f"{parts} of the bank's own, used where there are modules"))
     return rows
 
 

@@ -69,17 +69,25 @@ class _Switched:
     def switch(self, other: nn.Module | None) -> None:
         self.__dict__["other"] = other  # past nn.Module's registration: the other has its name elsewhere
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         other = self.__dict__.get("other")
-        return super().forward(hidden_states) if other is None else other(hidden_states)
+        return super().forward(inputs) if other is None else other(inputs)
 
 
 class SwitchedNorm(_Switched, T5LayerNorm):
     pass
 
 
-class SwitchedHead(_Switched, nn.Linear):
+class SwitchedEmbedding(_Switched, nn.Embedding):
     pass
+
+
+class SwitchedHead(_Switched, nn.Linear):
+    """Where it is switched to embeddings, it is tied to them."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        other = self.__dict__.get("other")
+        return nn.functional.linear(hidden_states, (self if other is None else other).weight)
 
 
 class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
@@ -382,8 +390,8 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
         """Give the bank a copy of a part of the teacher, to train. It runs, and is assembled, where a side has modules.
 
         Args:
-            part: `"final_norms"`, the norm at the top of each side, or `"head"`, which goes with the decoder and is then not tied
-                to the embeddings.
+            part: `"embeddings"`, of both sides and of a head that is tied to them, where either side has modules; `"final_norms"`, the norm
+                at the top of each side; or `"head"`, which goes with the decoder and is then not tied to the embeddings.
         """
         if part not in OWN_PARTS:
             raise ValueError(f"unknown part {part!r}; choose one of {', '.join(OWN_PARTS)}")
@@ -397,36 +405,45 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
     def _register_own_part(self, part: str) -> list[tuple[nn.Module, nn.Module]]:
         """Pairs of the teacher's part, now with a switch, and the bank's, its weights not set."""
         config, pairs = self.config, []
-        for side in SIDES:
-            stack = getattr(self, side)
-            if part == "final_norms":
-                size = {"hidden_size": config.d_model, "eps": config.layer_norm_epsilon}
-                stack.bank["final_layer_norm"], switched = T5LayerNorm(**size), SwitchedNorm(**size)
-                switched.weight = stack.final_layer_norm.weight
-                stack.final_layer_norm = switched
-                pairs.append((switched, stack.bank["final_layer_norm"]))
-            elif side == "decoder":
-                size = {"in_features": config.d_model, "out_features": config.vocab_size, "bias": False}
-                stack.bank["lm_head"], switched = nn.Linear(**size), SwitchedHead(**size)
-                switched.weight = self.lm_head.weight
-                self.lm_head = switched
-                pairs.append((switched, stack.bank["lm_head"]))
-        return pairs
+        if part == "final_norms":
+            size = {"hidden_size": config.d_model, "eps": config.layer_norm_epsilon}
+            for stack in (self.encoder, self.decoder):
+                stack.bank["final_layer_norm"] = T5LayerNorm(**size)
+                pairs.append((_switchable(stack, "final_layer_norm", SwitchedNorm(**size)), stack.bank["final_layer_norm"]))
+            return pairs
+        head = {"in_features": config.d_model, "out_features": config.vocab_size, "bias": False}
+        if part == "head" or config.tie_word_embeddings:
+            _switchable(self, "lm_head", SwitchedHead(**head))
+        if part == "head":
+            self.decoder.bank["lm_head"] = nn.Linear(**head)
+            return [(self.lm_head, self.decoder.bank["lm_head"])]
+        size = {"num_embeddings": config.vocab_size, "embedding_dim": config.d_model}
+        for owner, name in self._embeddings():
+            _switchable(owner, name, SwitchedEmbedding(**size))
+        self.decoder.bank["embed_tokens"] = nn.Embedding(**size)
+        return [(self.shared, self.decoder.bank["embed_tokens"])]
+
+    def _embeddings(self) -> list[tuple[nn.Module, str]]:
+        """Where the one matrix of embeddings is a module."""
+        return [(self, "shared"), (self.encoder, "embed_tokens"), (self.decoder, "embed_tokens")]
 
     def switch_parts(self, plan: AssemblyPlan) -> None:
-        """Run the bank's own norms and head where a plan does. `set_plan` does this too."""
-        running = running_own_parts(plan, self.config)
-        for side in SIDES:
-            stack = getattr(self, side)
-            if "final_norms" in self.config.own_parts:
-                stack.final_layer_norm.switch(stack.bank["final_layer_norm"] if (side, "final_layer_norm") in running else None)
-        if "head" in self.config.own_parts:
-            self.lm_head.switch(self.decoder.bank["lm_head"] if ("decoder", "lm_head") in running else None)
+        """Run the bank's own embeddings, norms and head where a plan does. `set_plan` does this too."""
+        own = {(side, name): getattr(self, side).bank[name] for side, name in running_own_parts(plan, self.config)}
+        embeddings = own.get(("decoder", "embed_tokens"))
+        if "embeddings" in self.config.own_parts:
+            for owner, name in self._embeddings():
+                getattr(owner, name).switch(embeddings)
+        for side in SIDES if "final_norms" in self.config.own_parts else ():
+            getattr(self, side).final_layer_norm.switch(own.get((side, "final_layer_norm")))
+        if isinstance(self.lm_head, SwitchedHead):
+            tied = embeddings if self.config.tie_word_embeddings else None
+            self.lm_head.switch(own.get(("decoder", "lm_head"), tied))
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As `PreTrainedModel.resize_token_embeddings`; a `ValueError` for a bank with a head of its own."""
-        if "head" in self.config.own_parts:
-            raise ValueError("the bank has a head of its own, which would keep its size; resize the teacher before from_t5")
+        """As `PreTrainedModel.resize_token_embeddings`; a `ValueError` for a bank with embeddings or a head of its own."""
+        if own := [part for part in ("embeddings", "head") if part in self.config.own_parts]:
+            raise ValueError(f"the bank has its own {own[0]}, which would keep their size; resize the teacher before from_t5")
         return super().resize_token_embeddings(*args, **kwargs)
 
     def merge_and_unload(self) -> "ModularT5ForConditionalGeneration":
@@ -544,6 +561,14 @@ def one_layer_of(model: T5ForConditionalGeneration | MT5ForConditionalGeneration
     return {f"{part}.{name}": parameter for part, module in parts.items() for name, parameter in module.named_parameters()}
 
 
+def _switchable(owner: nn.Module, name: str, switched: Any) -> Any:
+    """A module's part, put into one that can be switched, if it is not yet."""
+    if not isinstance(getattr(owner, name), _Switched):
+        switched.weight = getattr(owner, name).weight
+        setattr(owner, name, switched)
+    return getattr(owner, name)
+
+
 def _module_bank(stack: T5Stack, granularities: Sequence[int]) -> nn.ModuleDict:
     bank = nn.ModuleDict(
         {str(s): nn.ModuleList(T5Block(stack.config, layer_idx=j) for j in range(len(stack.block) // s)) for s in granularities}
@@ -611,7 +636,9 @@ def _built(
 
 def _with_recorded_tie(loaded: Any) -> Any:
     """What `from_pretrained` returned, with or without its report."""
-    _record_tie(loaded[0] if isinstance(loaded, tuple) else loaded)
+    bank = loaded[0] if isinstance(loaded, tuple) else loaded
+    _record_tie(bank)
+    bank.switch_parts(bank.plan)  # a head is only now known to be tied or not
     return loaded
 
 

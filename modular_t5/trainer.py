@@ -4,6 +4,7 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from transformers.utils import logging
 from .adapters import add_adapters
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
 from .checkpoints import CheckpointingTrainer
-from .configuration_modular_t5 import ModularT5Config
+from .configuration_modular_t5 import OWN_PARTS, ModularT5Config
 from .distillation import Taught, attention_loss, hidden_state_loss, prediction_losses, weighed
 from .frontier import environment
 from .layout_modular_t5 import own_part_of, running_own_parts
@@ -155,7 +156,7 @@ class ModularTrainer(CheckpointingTrainer):
         elif model.config.lora:
             raise ValueError("the bank has LoRA modules; pass their peft_config, or bank.merge_and_unload() first to train all of them")
         model.requires_grad_(False)
-        trained_parts = [part for part, wanted in (("final_norms", args.train_final_norms), ("head", args.train_head)) if wanted]
+        trained_parts = [part for part in OWN_PARTS if getattr(args, f"train_{part}")]
         for part in trained_parts:
             model.add_own_part(part)
         for name, parameter in model.module_tensors(dict(model.named_parameters())).items():
@@ -373,12 +374,14 @@ class ModularTrainer(CheckpointingTrainer):
         if isinstance(model, DistributedDataParallel):
             self._watch_running(model, plans)
         if args.logit_weight or args.hidden_weight or args.attention_weight:
-            ends = {side: {end for plan in plans for end in (*_module_ends(plan, side), *_read(plan, fed)[side])} for side in SIDES}
+            read = [self._read(plan, fed) for plan in plans]
+            ends = {side: {*chain(*(_module_ends(plan, side) for plan in plans), *(of_plan[side] for of_plan in read))} for side in SIDES}
             bank.eval()
             with torch.no_grad(), recording(bank, self._shape.teacher, ends, attention=bool(args.attention_weight)) as records:
                 outputs = model(**self._passed(inputs))
                 predictions = Taught.of(outputs.logits, args.temperature) if args.logit_weight else None
-            lesson = _Lesson(predictions, records, {self._shape.teacher.encoder: outputs.encoder_last_hidden_state})
+            encoded = {self._shape.teacher.encoder: outputs.encoder_last_hidden_state} if self._begins_as_teacher else {}
+            lesson = _Lesson(predictions, records, encoded)
             plans = sorted(plans, key=_difference_of_depths)
         return [_Turn(plan, 1 / len(plans), lesson, fed) for plan in plans]
 
@@ -392,7 +395,7 @@ class ModularTrainer(CheckpointingTrainer):
         if lesson is not None:
             replays = {
                 side: {layers: Replay(lesson.records[side].recorders[layers].passed) for layers in read}
-                for side, read in _read(plan, turn.fed).items()
+                for side, read in self._read(plan, turn.fed).items()
             }
             if plan.encoder in lesson.encoded and module_ends["decoder"]:
                 reused["encoder_outputs"] = BaseModelOutput(lesson.encoded[plan.encoder])
@@ -420,6 +423,22 @@ class ModularTrainer(CheckpointingTrainer):
                 ]
             )
         return terms, student
+
+    @property
+    def _begins_as_teacher(self) -> bool:
+        """Whether below its first module a plan does what the teacher does: not with embeddings of its own."""
+        return "embeddings" not in self.bank.config.own_parts
+
+    def _read(self, plan: AssemblyPlan, fed: bool) -> dict[str, list[int]]:
+        """After how many layers of each side the teacher's states stand in for the plan's own.
+
+        Below the first module they are the same, the decoder's only where the encoder has no module, for each of its layers reads the
+        encoder. Where modules are fed, below every module.
+        """
+        starts = {side: [start for start, span in plan.blocks(side) if span > 1] for side in SIDES}
+        same = {"encoder": starts["encoder"][:1], "decoder": starts["decoder"][:1] if not starts["encoder"] else []}
+        read = starts if fed else same if self._begins_as_teacher else {side: [] for side in SIDES}
+        return {side: [start for start in read[side] if start] for side in SIDES}
 
     def _watch_running(self, model: DistributedDataParallel, plans: Sequence[AssemblyPlan]) -> None:
         """Tell the averaging of gradients what runs in a step."""
@@ -540,17 +559,6 @@ def _difference_of_depths(plan: AssemblyPlan) -> float:
 def _module_ends(plan: AssemblyPlan, side: str) -> set[int]:
     """After how many original layers a module of the plan ends."""
     return {start + span for start, span in plan.blocks(side) if span > 1}
-
-
-def _read(plan: AssemblyPlan, fed: bool) -> dict[str, list[int]]:
-    """After how many layers of each side the teacher's states stand in for the plan's own.
-
-    Below the first module they are the same, the decoder's only where the encoder has no module, for each of its layers reads the encoder.
-    Where modules are fed, below every module.
-    """
-    starts = {side: [start for start, span in plan.blocks(side) if span > 1] for side in SIDES}
-    same = {"encoder": starts["encoder"][:1], "decoder": starts["decoder"][:1] if not starts["encoder"] else []}
-    return {side: [start for start in (starts if fed else same)[side] if start] for side in SIDES}
 
 
 def _mean(terms: list[torch.Tensor]) -> torch.Tensor:

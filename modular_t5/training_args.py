@@ -116,6 +116,13 @@ class ModularTrainingArguments(DistillationArguments):
     train_final_norms: bool = field(
         default=False, metadata={"help": "Train a copy of each side's final norm, used where the side has modules."}
     )
+    train_embeddings: bool = field(
+        default=False,
+        metadata={
+            "help": "Train a copy of the embeddings, and of a head that is tied to them, used by every plan with modules. What is "
+            "assembled holds it in place of the teacher's: it costs no memory."
+        },
+    )
     train_head: bool = field(
         default=False,
         metadata={"help": "Train a copy of the head, used where the decoder has modules; tied to the embeddings no more, it costs memory."},

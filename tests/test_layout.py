@@ -4,6 +4,7 @@ import pytest
 from conftest import TEACHERS, make_bank, make_teacher
 
 from modular_t5 import ModularT5ForConditionalGeneration
+from modular_t5.configuration_modular_t5 import OWN_PARTS
 from modular_t5.layout_modular_t5 import (
     initial_name,
     is_bank_tensor,
@@ -19,8 +20,8 @@ from modular_t5.modeling_modular_t5 import one_layer_of
 @pytest.mark.parametrize("name", TEACHERS)
 def test_what_one_layer_tells_is_what_a_bank_has(name):
     bank = make_bank(name)
-    bank.add_own_part("final_norms")
-    bank.add_own_part("head")
+    for part in OWN_PARTS:
+        bank.add_own_part(part)
     parameters = dict(bank.named_parameters(remove_duplicate=False))
     one_layer = one_layer_of(bank)
     assert sorted(tensor_names(one_layer, bank.config)) == sorted(parameters)
@@ -49,6 +50,7 @@ def test_initial_names(initialization):
         ("encoder.block.11.layer.1.DenseReluDense.wi_0.weight", "encoder-original"),
         ("encoder.bank.2.3.layer.0.layer_norm.weight", "encoder-modules-2"),
         ("decoder.bank.6.0.layer.0.SelfAttention.q.lora_A.default.weight", "decoder-modules-6"),
+        ("decoder.bank.embed_tokens.weight", "own"),
         ("decoder.bank.lm_head.weight", "own"),
         ("encoder.bank.final_layer_norm.weight", "own"),
         ("unheard-of", "common"),

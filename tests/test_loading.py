@@ -39,15 +39,16 @@ def test_it_is_what_the_loaded_bank_assembles(name, dtype, inputs, tmp_path):
         assert not lazily.training
 
 
-@pytest.mark.parametrize("parts", [("head",), ("final_norms",), ("final_norms", "head")])
+@pytest.mark.parametrize("parts", [("head",), ("final_norms",), ("embeddings",), ("final_norms", "head"), ("head", "embeddings")])
 @pytest.mark.parametrize("name", ["v1.0", "v1.1"])
 def test_with_parts_of_its_own(name, parts, inputs, tmp_path):
     bank = make_bank(name)
     for part in parts:
         bank.add_own_part(part)
     with torch.no_grad():
-        for parameter in bank.encoder.bank["final_layer_norm"].parameters() if "final_norms" in parts else ():
-            parameter.mul_(2)
+        for side, module in (("encoder", "final_layer_norm"), ("decoder", "embed_tokens")):
+            for parameter in getattr(bank, side).bank[module].parameters() if module in getattr(bank, side).bank else ():
+                parameter.mul_(2)
     bank.save_pretrained(tmp_path)
     for plan in ("2x3/1x6", "1x6/2x3"):
         assert same(assemble_from(tmp_path, plan), bank.assemble(plan))

@@ -1,5 +1,6 @@
 """`ModularTrainer` trains the modules, nothing but the modules, and behaves as a `Seq2SeqTrainer` otherwise."""
 
+import copy
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import modular_t5.trainer
 from modular_t5 import ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
+from modular_t5.layout_modular_t5 import own_part_of
 
 
 @contextmanager
@@ -297,10 +299,14 @@ def test_a_metric_of_a_plan_that_is_not_evaluated_is_refused(tmp_path):
             make_trainer(tmp_path, metric_for_best_model=metric)
 
 
-def test_a_prefix_that_is_the_teachers_is_not_run_again_and_nothing_changes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("own_embeddings", [False, True])
+def test_a_prefix_that_is_the_teachers_is_not_run_again_and_nothing_changes(own_embeddings, tmp_path, monkeypatch):
     bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.0))
-    trainer = make_trainer(tmp_path, bank=bank, attention_weight=1.0, teacher_fed_ratio=0.0)
+    trainer = make_trainer(tmp_path, bank=bank, attention_weight=1.0, teacher_fed_ratio=0.0, train_embeddings=own_embeddings)
     bank, batch = trainer.model, collate(list(make_dataset(8)))
+    if own_embeddings:  # with which no prefix is the teacher's
+        with torch.no_grad():
+            bank.decoder.bank["embed_tokens"].weight.mul_(1.1)
     for side in ("encoder", "decoder"):
         getattr(bank, side).config._attn_implementation = "eager"
     for text in ("1x6/1x4-2x1", "1x4-2x1/1x2-2x2", "3x2/1x6", "6x1/6x1"):
@@ -322,7 +328,7 @@ def test_a_prefix_that_is_the_teachers_is_not_run_again_and_nothing_changes(tmp_
         reused = {f"encoder.block.{layer}" for layer in range(below["encoder"])}
         if below["encoder"] == 6:
             reused |= {f"decoder.block.{layer}" for layer in range(below["decoder"])}
-        assert not reused & set(again), text
+        assert reused <= set(again) if own_embeddings else not reused & set(again), text
         loss.backward()
         gradients = {name: parameter.grad.clone() for name, parameter in bank.named_parameters() if parameter.grad is not None}
         with bank.using(plan):
@@ -597,29 +603,35 @@ def test_the_cache_is_on_in_what_is_assembled(tmp_path):
     assert trainer.model.assemble("2x3/2x3").config.use_cache
 
 
-def test_a_head_of_its_own_is_not_resized(tmp_path):
-    trainer = make_trainer(tmp_path, train_head=True)
+@pytest.mark.parametrize("part", ["embeddings", "head"])
+def test_embeddings_and_a_head_of_its_own_are_not_resized(part, tmp_path):
+    trainer = make_trainer(tmp_path, **{f"train_{part}": True})
     with pytest.raises(ValueError, match="resize the teacher before from_t5"):
         trainer.model.resize_token_embeddings(70)
 
 
+@pytest.mark.parametrize("parts", [("final_norms", "head"), ("embeddings",), ("embeddings", "final_norms", "head")])
 @pytest.mark.parametrize("family", ["v1.0", "v1.1"])
-def test_norms_and_head_of_the_banks_own(family, tmp_path):
+def test_parts_of_the_banks_own(family, parts, tmp_path):
     bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(family))
     before = {name: tensor.clone() for name, tensor in bank.state_dict().items()}
     batch = collate(list(make_dataset(8)))
     bank.eval()
     with torch.no_grad():
         wanted = bank(**batch).logits
-    trainer = make_trainer(tmp_path / "out", bank=bank, train_final_norms=True, train_head=True)
+    trainer = make_trainer(tmp_path / "out", bank=bank, **{f"train_{part}": True for part in parts})
     trainer.train()
     after = bank.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if ".bank." not in name)
-    for name in ("encoder.bank.final_layer_norm.weight", "decoder.bank.final_layer_norm.weight", "decoder.bank.lm_head.weight"):
+    own = [name for name in after if own_part_of(name)]
+    assert {own_part_of(name) for name in own} == set(parts)
+    for name in own:
         assert not torch.equal(after[name], after[name.replace("decoder.bank.lm_head", "lm_head").replace("bank.", "")])
     bank.eval()
-    bank.save_pretrained(tmp_path / "bank")
-    again = ModularT5ForConditionalGeneration.from_pretrained(tmp_path / "bank")
+    with torch.no_grad(), bank.using("2x3/1x6"):
+        bank.save_pretrained(tmp_path / "bank")
+        again = ModularT5ForConditionalGeneration.from_pretrained(tmp_path / "bank")
+        assert torch.equal(again(**batch).logits, bank(**batch).logits)  # under the plan that it was saved with
     with torch.no_grad():
         assert torch.equal(bank(**batch).logits, wanted)
         for plan in ("2x3/2x3", "2x3/1x6", "1x6/6x1"):
@@ -632,10 +644,17 @@ def test_norms_and_head_of_the_banks_own(family, tmp_path):
                 assert torch.equal(logits, assembled(**batch).logits)
                 assert torch.equal(logits, again(**batch).logits)
                 torch.testing.assert_close(logits, reloaded(**batch).logits)
+    copied = copy.deepcopy(bank)
+    with torch.no_grad(), bank.using("2x3/2x3"), copied.using("2x3/2x3"):
+        wanted = bank(**batch).logits
+        for name in own:
+            copied.get_parameter(name).mul_(2)
+        assert torch.equal(bank(**batch).logits, wanted)
+        assert not torch.equal(copied(**batch).logits, wanted)
     # Trained on without the options, they stay as they are.
-    further = make_trainer(tmp_path / "out", bank=bank)
-    further.train()
-    assert torch.equal(bank.state_dict()["decoder.bank.lm_head.weight"], after["decoder.bank.lm_head.weight"])
+    after = {name: after[name].clone() for name in own}
+    make_trainer(tmp_path / "out", bank=bank).train()
+    assert all(torch.equal(bank.state_dict()[name], tensor) for name, tensor in after.items())
 
 
 @pytest.mark.parametrize(("attention_weight", "dials"), [(0.0, {}), (1.0, {}), (1.0, DEFAULTS)])
