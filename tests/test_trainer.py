@@ -373,11 +373,11 @@ def test_modules_are_fed_in_the_first_steps(tmp_path, monkeypatch, arguments, fe
     trainer = make_trainer(tmp_path, max_steps=10, **arguments)
     seen = {}
 
-    def note(plan, fed, read=modular_t5.trainer._read):
+    def note(plan, fed, read=trainer._read):
         seen[trainer.state.global_step] = fed
         return read(plan, fed)
 
-    monkeypatch.setattr(modular_t5.trainer, "_read", note)
+    monkeypatch.setattr(trainer, "_read", note)
     trainer.train()
     assert [seen[step] for step in range(10)] == [True] * fed + [False] * (10 - fed)
 
