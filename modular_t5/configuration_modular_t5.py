@@ -22,8 +22,8 @@ INITIALIZATIONS = {
     "bottom-first": lambda start, span: 0 if start == 0 else span - 1,
 }
 
-# What a bank may train of its own beside modules: part -> its name in a T5 and in the bank. The head comes after the embeddings that it
-# may be tied to.
+# What a bank may train of its own beside modules: part -> its name in a T5 and in the bank. A head of its own, even where the teacher's
+# is tied to the embeddings, comes after them and so has the last word.
 OWN_PARTS = {"embeddings": "embed_tokens", "final_norms": "final_layer_norm", "head": "lm_head"}
 
 # Where a bank's code lies among the files that are saved with it, for use where this package is not installed.
@@ -119,9 +119,9 @@ class ModularT5Config(T5Config):
         self.plan = checked_plan(plan, layers, self.granularities).to_dict()
         if self.initialization not in INITIALIZATIONS:
             raise ValueError(f"unknown initialization {self.initialization!r}; choose one of {', '.join(INITIALIZATIONS)}")
-        self.own_parts = list(self.own_parts)
         if unknown := set(self.own_parts) - set(OWN_PARTS):
             raise ValueError(f"unknown part {min(unknown)!r}; a bank may have of its own: {', '.join(OWN_PARTS)}")
+        self.own_parts = [part for part in OWN_PARTS if part in self.own_parts]
         if not isinstance(self.modules_only, bool):
             raise ValueError(f"modules_only must be true or false, got {self.modules_only!r}")
         self.teacher = _checked_mapping("teacher", self.teacher, {"name_or_path": str, "revision": str, "sha256": str})

@@ -77,15 +77,18 @@ def tensor_names(one_layer: Iterable[str], config: ModularT5Config) -> list[str]
 
 def _own_parts(config: ModularT5Config) -> list[tuple[str, str]]:
     """`(side, name in its bank)` of what a bank has of its own beside modules; embeddings and head lie with the decoder."""
-    sides = {"embeddings": SIDES[1:], "final_norms": SIDES, "head": SIDES[1:]}
+    sides = {"embeddings": ["decoder"], "final_norms": SIDES, "head": ["decoder"]}
     return [(side, module) for part, module in OWN_PARTS.items() if part in config.own_parts for side in sides[part]]
 
 
 def running_own_parts(plan: AssemblyPlan, config: ModularT5Config) -> list[tuple[str, str]]:
     """`(side, name in its bank)` of what a plan runs of the bank's own: norms and head of sides with modules, embeddings if either has."""
     with_modules = [side for side in SIDES if set(plan.spans(side)) != {1}]
-    either = [OWN_PARTS["embeddings"]] if with_modules else []
-    return [(side, module) for side, module in _own_parts(config) if side in with_modules or module in either]
+    return [
+        (side, module)
+        for side, module in _own_parts(config)
+        if side in with_modules or (module == OWN_PARTS["embeddings"] and with_modules)
+    ]
 
 
 def parameter_map(one_layer: Iterable[str], plan: AssemblyPlan, config: ModularT5Config) -> dict[str, str]:
@@ -98,12 +101,14 @@ def parameter_map(one_layer: Iterable[str], plan: AssemblyPlan, config: ModularT
             continue
         for position, (start, span) in enumerate(plan.blocks(side)):
             mapping[".".join([side, "block", str(position), *rest[1:]])] = ".".join([block_name(side, start, span), *rest[1:]])
+    tied = {*EMBEDDINGS, *([HEAD] if config.tie_word_embeddings else [])}
     for side, module in running_own_parts(plan, config):
-        if module == OWN_PARTS["embeddings"]:
-            replaced = mapping.keys() & {*EMBEDDINGS, *([HEAD] if config.tie_word_embeddings else [])}
-        else:
-            replaced = {HEAD if module == OWN_PARTS["head"] else f"{side}.{module}.weight"}
-        mapping |= dict.fromkeys(replaced, f"{side}.bank.{module}.weight")
+        replaced = {
+            OWN_PARTS["embeddings"]: mapping.keys() & tied,
+            OWN_PARTS["final_norms"]: {f"{side}.{module}.weight"},
+            OWN_PARTS["head"]: {HEAD},
+        }
+        mapping |= dict.fromkeys(replaced[module], f"{side}.bank.{module}.weight")
     return mapping
 
 

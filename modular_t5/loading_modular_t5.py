@@ -156,7 +156,7 @@ class SavedBank:
         self._of_embeddings = {*EMBEDDINGS, *([HEAD] if self._told_tied else [])} - {SHARED}
         self.stored = StoredTensors(source, variant=variant, folder=folder, **self.hub_arguments)
         self._teacher = teacher
-        self.config.tie_word_embeddings = not self._has_head
+        self.config.tie_word_embeddings = not self._has_head  # which T5's configuration has forgotten by now
         if strict:
             self._check_names()
 

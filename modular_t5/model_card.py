@@ -196,8 +196,8 @@ def shard_table(config: ModularT5Config, modules_only: bool) -> list[tuple[str, 
         what = "low-rank differences of the modules" if config.lora else "modules"
         rows += [(f"model-{side}-modules-{s}.safetensors", f"{what}, each for {s} {side} layers") for s in config.granularities[side]]
     if config.own_parts:
-        parts = " and ".join(part.replace("_", " ") for part in config.own_parts)
-        rows.append(("model-own.safetensors", f"{parts} of the bank's own, used where there are modules"))
+        parts = ", ".join(part.replace("_", " ") for part in config.own_parts)
+        rows.append(("model-own.safetensors", f"the bank's own {parts}, in place of the teacher's where there are modules"))
     return rows
 
 

@@ -83,11 +83,14 @@ class SwitchedEmbedding(_Switched, nn.Embedding):
 
 
 class SwitchedHead(_Switched, nn.Linear):
-    """Where it is switched to embeddings, it is tied to them."""
+    pass
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        other = self.__dict__.get("other")
-        return nn.functional.linear(hidden_states, (self if other is None else other).weight)
+
+class OwnEmbedding(nn.Embedding):
+    """Given hidden states in place of token ids, it is the head that is tied to it."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(inputs, self.weight) if inputs.is_floating_point() else super().forward(inputs)
 
 
 class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
@@ -387,11 +390,12 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
     # -- what a bank may have beside modules -------------------------------------------------------------------------------
 
     def add_own_part(self, part: str) -> None:
-        """Give the bank a copy of a part of the teacher, to train. It runs, and is assembled, where a side has modules.
+        """Give the bank a copy of a part of the teacher, to train, which runs and is assembled in its place.
 
         Args:
-            part: `"embeddings"`, of both sides and of a head that is tied to them, where either side has modules; `"final_norms"`, the norm
-                at the top of each side; or `"head"`, which goes with the decoder and is then not tied to the embeddings.
+            part: `"embeddings"`, of both sides and of a head that is tied to them, where either side has modules; `"final_norms"`, the
+                norm at the top of each side that has modules; or `"head"`, where the decoder has modules, which is then not tied to the
+                embeddings, but starts as the bank's own where it was tied to those.
         """
         if part not in OWN_PARTS:
             raise ValueError(f"unknown part {part!r}; choose one of {', '.join(OWN_PARTS)}")
@@ -399,41 +403,42 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
             return
         for original, copied in self._register_own_part(part):
             copied.to(device=original.weight.device, dtype=original.weight.dtype).load_state_dict(original.state_dict())
-        self.config.own_parts = [*self.config.own_parts, part]
+        self.config.own_parts = [each for each in OWN_PARTS if each == part or each in self.config.own_parts]
         self.switch_parts(self.plan)
 
     def _register_own_part(self, part: str) -> list[tuple[nn.Module, nn.Module]]:
-        """Pairs of the teacher's part, now with a switch, and the bank's, its weights not set."""
-        config, pairs = self.config, []
+        """Pairs of what is copied, the teacher's with a switch now, and the bank's, its weights not set."""
+        config, stacks = self.config, [self.encoder, self.decoder]
         if part == "final_norms":
-            size = {"hidden_size": config.d_model, "eps": config.layer_norm_epsilon}
-            for stack in (self.encoder, self.decoder):
-                stack.bank["final_layer_norm"] = T5LayerNorm(**size)
-                pairs.append((_switchable(stack, "final_layer_norm", SwitchedNorm(**size)), stack.bank["final_layer_norm"]))
-            return pairs
-        head = {"in_features": config.d_model, "out_features": config.vocab_size, "bias": False}
-        if part == "head" or config.tie_word_embeddings:
-            _switchable(self, "lm_head", SwitchedHead(**head))
-        if part == "head":
-            self.decoder.bank["lm_head"] = nn.Linear(**head)
-            return [(self.lm_head, self.decoder.bank["lm_head"])]
-        size = {"num_embeddings": config.vocab_size, "embedding_dim": config.d_model}
-        for owner, name in self._embeddings():
-            _switchable(owner, name, SwitchedEmbedding(**size))
-        self.decoder.bank["embed_tokens"] = nn.Embedding(**size)
-        return [(self.shared, self.decoder.bank["embed_tokens"])]
+            for stack in stacks:
+                stack.bank["final_layer_norm"] = T5LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+                stack.final_layer_norm.__class__ = SwitchedNorm
+            return [(stack.final_layer_norm, stack.bank["final_layer_norm"]) for stack in stacks]
+        if part == "embeddings":
+            self.decoder.bank["embed_tokens"] = OwnEmbedding(config.vocab_size, config.d_model)
+            for embeddings in self._embeddings:
+                embeddings.__class__ = SwitchedEmbedding
+            self.lm_head.__class__ = SwitchedHead
+            return [(self.shared, self.decoder.bank["embed_tokens"])]
+        copied = self.lm_head
+        if config.tie_word_embeddings and "embeddings" in config.own_parts:
+            copied = self.decoder.bank["embed_tokens"]
+        self.decoder.bank["lm_head"] = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head.__class__ = SwitchedHead
+        return [(copied, self.decoder.bank["lm_head"])]
 
-    def _embeddings(self) -> list[tuple[nn.Module, str]]:
-        """Where the one matrix of embeddings is a module."""
-        return [(self, "shared"), (self.encoder, "embed_tokens"), (self.decoder, "embed_tokens")]
+    @property
+    def _embeddings(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """The modules that the one matrix of embeddings is in."""
+        return self.shared, self.encoder.embed_tokens, self.decoder.embed_tokens
 
     def switch_parts(self, plan: AssemblyPlan) -> None:
         """Run the bank's own embeddings, norms and head where a plan does. `set_plan` does this too."""
         own = {(side, name): getattr(self, side).bank[name] for side, name in running_own_parts(plan, self.config)}
         embeddings = own.get(("decoder", "embed_tokens"))
         if "embeddings" in self.config.own_parts:
-            for owner, name in self._embeddings():
-                getattr(owner, name).switch(embeddings)
+            for each in self._embeddings:
+                each.switch(embeddings)
         for side in SIDES if "final_norms" in self.config.own_parts else ():
             getattr(self, side).final_layer_norm.switch(own.get((side, "final_layer_norm")))
         if isinstance(self.lm_head, SwitchedHead):
@@ -443,8 +448,14 @@ class ModularT5ForConditionalGeneration(T5ForConditionalGeneration):
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As `PreTrainedModel.resize_token_embeddings`; a `ValueError` for a bank with embeddings or a head of its own."""
         if own := [part for part in ("embeddings", "head") if part in self.config.own_parts]:
-            raise ValueError(f"the bank has its own {own[0]}, which would keep their size; resize the teacher before from_t5")
+            raise ValueError(f"the bank has {own[0]} of its own, whose size would stay; resize the teacher before from_t5")
         return super().resize_token_embeddings(*args, **kwargs)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """As `PreTrainedModel.set_input_embeddings`; a `ValueError` for a bank with embeddings of its own."""
+        if "embeddings" in self.config.own_parts:
+            raise ValueError("the bank has embeddings of its own, which go with the teacher's; set those of the teacher before from_t5")
+        super().set_input_embeddings(value)
 
     def merge_and_unload(self) -> "ModularT5ForConditionalGeneration":
         """Merge LoRA modules into plain ones, in place, and return the bank. Nothing to do for a bank without."""
@@ -559,14 +570,6 @@ def one_layer_of(model: T5ForConditionalGeneration | MT5ForConditionalGeneration
         parts[f"{side}.block.0"] = stack.block[0]
     parts["lm_head"] = model.lm_head
     return {f"{part}.{name}": parameter for part, module in parts.items() for name, parameter in module.named_parameters()}
-
-
-def _switchable(owner: nn.Module, name: str, switched: Any) -> Any:
-    """A module's part, put into one that can be switched, if it is not yet."""
-    if not isinstance(getattr(owner, name), _Switched):
-        switched.weight = getattr(owner, name).weight
-        setattr(owner, name, switched)
-    return getattr(owner, name)
 
 
 def _module_bank(stack: T5Stack, granularities: Sequence[int]) -> nn.ModuleDict:

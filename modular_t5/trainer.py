@@ -4,7 +4,6 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import chain
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +74,8 @@ class ModularTrainer(CheckpointingTrainer):
 
     Each step runs random plans in place of the original layers, one after the other. At first every module reads the teacher's states
     of its side, and so learns by itself what its layers do; later it reads what the modules below make of them. What an encoder puts
-    out is read by all plans of a step that have it: it runs and learns in the one whose sides are most alike, with what is taught there.
+    out is read by all plans of a step that have it: it runs and learns, and embeddings through it, in the one whose sides are most alike,
+    with what is taught there.
 
     The loss of a plan is the weighted sum of the task's cross-entropy (`task_loss` in the log), the KL divergence from the teacher's
     predictions (`logit_loss`), the error of the hidden state at the end of every span whose module learns (`hidden_loss`) and, if asked
@@ -374,13 +374,12 @@ class ModularTrainer(CheckpointingTrainer):
         if isinstance(model, DistributedDataParallel):
             self._watch_running(model, plans)
         if args.logit_weight or args.hidden_weight or args.attention_weight:
-            read = [self._read(plan, fed) for plan in plans]
-            ends = {side: {*chain(*(_module_ends(plan, side) for plan in plans), *(of_plan[side] for of_plan in read))} for side in SIDES}
+            ends = {side: {end for plan in plans for end in (*_module_ends(plan, side), *self._read(plan, fed)[side])} for side in SIDES}
             bank.eval()
             with torch.no_grad(), recording(bank, self._shape.teacher, ends, attention=bool(args.attention_weight)) as records:
                 outputs = model(**self._passed(inputs))
                 predictions = Taught.of(outputs.logits, args.temperature) if args.logit_weight else None
-            encoded = {self._shape.teacher.encoder: outputs.encoder_last_hidden_state} if self._begins_as_teacher else {}
+            encoded = {self._shape.teacher.encoder: outputs.encoder_last_hidden_state} if self._has_teachers_embeddings else {}
             lesson = _Lesson(predictions, records, encoded)
             plans = sorted(plans, key=_difference_of_depths)
         return [_Turn(plan, 1 / len(plans), lesson, fed) for plan in plans]
@@ -425,20 +424,21 @@ class ModularTrainer(CheckpointingTrainer):
         return terms, student
 
     @property
-    def _begins_as_teacher(self) -> bool:
-        """Whether below its first module a plan does what the teacher does: not with embeddings of its own."""
+    def _has_teachers_embeddings(self) -> bool:
+        """Whether plans with modules do too; with others, they differ from the teacher from the bottom on."""
         return "embeddings" not in self.bank.config.own_parts
 
     def _read(self, plan: AssemblyPlan, fed: bool) -> dict[str, list[int]]:
         """After how many layers of each side the teacher's states stand in for the plan's own.
 
-        Below the first module they are the same, the decoder's only where the encoder has no module, for each of its layers reads the
-        encoder. Where modules are fed, below every module.
+        Where modules are fed, below every module. Else where they are the same: with the teacher's embeddings, below the first module,
+        and in the decoder only if the encoder has no module, for each of its layers reads the encoder.
         """
         starts = {side: [start for start, span in plan.blocks(side) if span > 1] for side in SIDES}
         same = {"encoder": starts["encoder"][:1], "decoder": starts["decoder"][:1] if not starts["encoder"] else []}
-        read = starts if fed else same if self._begins_as_teacher else {side: [] for side in SIDES}
-        return {side: [start for start in read[side] if start] for side in SIDES}
+        if not fed:
+            starts = same if self._has_teachers_embeddings else {side: [] for side in SIDES}
+        return {side: [start for start in starts[side] if start] for side in SIDES}
 
     def _watch_running(self, model: DistributedDataParallel, plans: Sequence[AssemblyPlan]) -> None:
         """Tell the averaging of gradients what runs in a step."""

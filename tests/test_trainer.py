@@ -8,6 +8,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
 from conftest import VOCAB_SIZE, make_teacher
@@ -608,6 +609,33 @@ def test_embeddings_and_a_head_of_its_own_are_not_resized(part, tmp_path):
     trainer = make_trainer(tmp_path, **{f"train_{part}": True})
     with pytest.raises(ValueError, match="resize the teacher before from_t5"):
         trainer.model.resize_token_embeddings(70)
+    if part == "embeddings":
+        with pytest.raises(ValueError, match="set those of the teacher before from_t5"):
+            trainer.model.set_input_embeddings(torch.nn.Embedding(VOCAB_SIZE, 16))
+
+
+def test_a_head_of_its_own_starts_as_the_embeddings_that_it_was_tied_to():
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher("v1.0")).eval()
+    batch = collate(list(make_dataset(8)))
+    bank.add_own_part("embeddings")
+    with torch.no_grad(), bank.using("2x3/2x3"):
+        bank.decoder.bank["embed_tokens"].weight.mul_(1.5)
+        before = bank(**batch).logits
+        bank.add_own_part("head")
+        assert torch.equal(bank(**batch).logits, before)
+    assert bank.config.own_parts == ["embeddings", "head"]
+
+
+@pytest.mark.parametrize("family", ["v1.0", "v1.1"])
+def test_parts_of_its_own_run_offloaded_too(family):
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(family)).eval()
+    batch = collate(list(make_dataset(8)))
+    for part in ("embeddings", "head"):
+        bank.add_own_part(part)
+        offloaded = copy.deepcopy(bank)
+        with torch.no_grad(), bank.using("2x3/2x3"), offloaded.using("2x3/2x3"):
+            accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+            assert torch.equal(offloaded(**batch).logits, bank(**batch).logits)
 
 
 @pytest.mark.parametrize("parts", [("final_norms", "head"), ("embeddings",), ("embeddings", "final_norms", "head")])
