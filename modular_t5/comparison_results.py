@@ -37,6 +37,7 @@ def scored(rows: Mapping[str, Any], teacher: Mapping[str, list[str]], references
                     "BLEU_of_seeds": samples[name, plan, decoding].of_seeds,
                     "BLEU_interval": samples[name, plan, decoding].interval,
                     "chrF": mean(scores_of(of[decoding], references)["chrF"] for of in of_seeds),
+                    "BLEU_with_teacher": mean(scores_of(of[decoding], teacher[decoding])["BLEU"] for of in of_seeds),
                     "kept_percent": _share(samples[name, plan, decoding].mean, of_teacher[decoding]["BLEU"]),
                 }
                 for decoding in teacher
@@ -65,8 +66,8 @@ def _printed(score: Mapping[str, Any]) -> str:
 
 
 def tables(results: Mapping[str, Any]) -> str:
-    """All three, in Markdown."""
-    return "\n\n".join(of(results) for of in (table, ahead_table, costs_table))
+    """All of them, in Markdown."""
+    return "\n\n".join(of(results) for of in (table, ahead_table, agreement_table, costs_table))
 
 
 def table(results: Mapping[str, Any], decoding: str = "greedy") -> str:
@@ -74,15 +75,8 @@ def table(results: Mapping[str, Any], decoding: str = "greedy") -> str:
 
     A pass is one of a student, forward and backward; a step of Modular T5 has several.
     """
-    plans = [plan for plan in results["costs"] if any(plan in row["scores"] for row in results["rows"].values())]
-    header = [
-        "method",
-        *(f"{'-'.join(map(str, results['costs'][plan]['depths']))}" for plan in plans),
-        "runs",
-        "steps",
-        "passes",
-        "minutes",
-    ]
+    plans = _scored_plans(results)
+    header = ["method", *plans.values(), "runs", "steps", "passes", "minutes"]
     rows = [
         [
             name,
@@ -95,6 +89,22 @@ def table(results: Mapping[str, Any], decoding: str = "greedy") -> str:
         for name, row in results["rows"].items()
     ]
     return markdown_table(header, rows)
+
+
+def _scored_plans(results: Mapping[str, Any]) -> dict[str, str]:
+    """The plans that some method has a model of, and their depths."""
+    scored_by_some = {plan for row in results["rows"].values() for plan in row["scores"]}
+    return {plan: "-".join(map(str, of["depths"])) for plan, of in results["costs"].items() if plan in scored_by_some}
+
+
+def agreement_table(results: Mapping[str, Any], decoding: str = "greedy") -> str:
+    """BLEU of every method at every size with what the teacher says in the references' place: chance has less of a say in it."""
+    plans = _scored_plans(results)
+    rows = [
+        [name, *(f"{row['scores'][plan][decoding]['BLEU_with_teacher']:.1f}" if plan in row["scores"] else "" for plan in plans)]
+        for name, row in results["rows"].items()
+    ]
+    return markdown_table(["BLEU with the teacher", *plans.values()], rows)
 
 
 def ahead_table(results: Mapping[str, Any], decoding: str = "greedy") -> str:

@@ -1,6 +1,7 @@
 """`modular-t5 compare`: the whole comparison at pico size, what it refuses, and that it goes on where it was stopped."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 from modular_t5 import BankShape, cli
 from modular_t5.comparison import Comparison, ComparisonArguments, default_plans
 from modular_t5.comparison_methods import ABLATIONS, METHODS, ROWS, Stopwatch
+from modular_t5.comparison_results import agreement_table, scored
 
 
 SIZES = ["1x6/2x3", "2x3/2x3", "1x6/3x2", "2x3/3x2", "3x2/3x2", "6x1/6x1"]
@@ -42,6 +44,20 @@ def given(tmp_path, pico_tokenizer):
     }
     (tmp_path / "arguments.json").write_text(json.dumps(arguments))
     return arguments
+
+
+def test_what_says_the_same_as_the_teacher_agrees_with_it():
+    said, other = (
+        ["ein Baum steht im Garten", "zwei Bücher liegen auf dem Tisch"],
+        ["nichts davon ist so gesagt", "gar nichts davon ist wahr"],
+    )
+    rows = {name: {"texts": {"2x3/2x3": [{"greedy": texts}]}, "per_size": True} for name, texts in {"a": said, "b": other}.items()}
+    results = scored(rows, {"greedy": said}, references=other)
+    agreement = {name: row["scores"]["2x3/2x3"]["greedy"]["BLEU_with_teacher"] for name, row in results["rows"].items()}
+    assert agreement["a"] == pytest.approx(100)
+    assert agreement["b"] < 5
+    results["costs"] = {"2x3/2x3": {"depths": [3, 3]}}
+    assert re.search(r"^\| a +\| +100.0 \|$", agreement_table(results), re.MULTILINE)
 
 
 def test_the_whole_comparison(given, tmp_path, capsys):

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 import modular_t5
 from modular_t5 import cli
-from modular_t5.comparison_results import ahead_table, costs_table, table
+from modular_t5.comparison_results import agreement_table, ahead_table, costs_table, table
 from modular_t5.training_args import DistillationArguments
 
 
@@ -112,8 +112,14 @@ def test_the_file_tree_is_the_tree():
 def test_the_tables_of_the_comparison_are_its_results():
     (name,) = set(re.findall(r"\]\((benchmarks/results/[^)]*-compare-everyday\.json)\)", README))
     results = json.loads((ROOT / name).read_text(encoding="utf-8"))
-    for of in (table, ahead_table, costs_table):
+    for of in (table, ahead_table, agreement_table, costs_table):
         assert of(results) in README
+
+
+def test_the_table_of_the_ablations_is_its_results():
+    benchmarks = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    (name,) = set(re.findall(r"\]\((results/[^)]*-compare-ablations\.json)\)", benchmarks))
+    assert table(json.loads((ROOT / "benchmarks" / name).read_text(encoding="utf-8"))) in benchmarks
 
 
 def test_figures_come_from_result_files_that_exist():
