@@ -86,10 +86,10 @@ def test_the_whole_comparison(given, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert (tmp_path / "out" / "table.md").read_text().strip() in printed
     assert (tmp_path / "out" / "picture.png").stat().st_size > 10_000
-    first, second, third = printed.strip().split("\n\n")
-    assert first.count("\n") == 1 + len(methods)
-    assert second.count("\n") == 1 + sum(len(row["scores"]) for row in results["rows"].values() if not row["per_size"])
-    assert third.count("\n") == 1 + len(results["costs"])
+    scores, ahead, agreement, costs = printed.strip().split("\n\n")
+    assert scores.count("\n") == agreement.count("\n") == 1 + len(methods)
+    assert ahead.count("\n") == 1 + sum(len(row["scores"]) for row in results["rows"].values() if not row["per_size"])
+    assert costs.count("\n") == 1 + len(results["costs"])
 
 
 def comparison(given, **changes):
