@@ -46,7 +46,6 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import modular_t5.trainer
 from modular_t5 import AssemblyPlan, ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
 from modular_t5.baselines import DistillationTrainer
 from modular_t5.comparison_methods import ABLATIONS
@@ -139,15 +138,8 @@ def without_reuse(bank: ModularT5ForConditionalGeneration, everything_trains: bo
     teachers = [parameter for name, parameter in bank.named_parameters() if ".bank." not in name and everything_trains]
     for parameter in teachers:
         parameter.requires_grad_(True)
-
-    def turns_without_reuse(*given: Any, turns: Any = ModularTrainer._turns) -> Any:
-        made = turns(*given)
-        for turn in made:
-            turn.lesson.encoded.clear()
-        return made
-
-    nothing_read = patch.object(modular_t5.trainer, "_read", lambda plan, fed: {"encoder": [], "decoder": []})
-    with nothing_read, patch.object(ModularTrainer, "_turns", turns_without_reuse):
+    # As where the embeddings are the bank's own: nothing that a plan does is what the teacher did.
+    with patch.object(ModularTrainer, "_has_teachers_embeddings", False):
         try:
             yield
         finally:
