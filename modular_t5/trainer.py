@@ -32,7 +32,7 @@ from .model_card import bank_card, measured_in
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .recording import Replay, SideRecord, recording
 from .reducing import RunningParameters, trained_ids, watch_running
-from .replacing import CURRICULA, Odds, draw_plans
+from .replacing import CURRICULA, Odds, draw_plans, spread
 from .training_args import LOSS_WEIGHTS, ModularTrainingArguments
 
 
@@ -165,6 +165,7 @@ class ModularTrainer(CheckpointingTrainer):
         # The losses here count tokens over the whole step, as those of models do that accept `num_items_in_batch`.
         self.model_accepts_loss_kwargs = True
         self._checked = False  # whether a batch was seen to fit
+        self._latest_batch = -1, 0  # the step that it was of, and its number there
         self._evaluating = False
         self._running: tuple[DistributedDataParallel, RunningParameters] | None = None
         self._turn: _Turn | None = None  # while a step runs
@@ -271,13 +272,16 @@ class ModularTrainer(CheckpointingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is whole."""
-        self._checked = False
         with self._eager_attention() if self.args.attention_weight else nullcontext(), self._compiled_by_block():
             try:
                 output = super().train(*args, **kwargs)
                 return output._replace(training_loss=output.metrics["train_loss"])  # of all steps, also those before a restart
             finally:
                 self.bank.train()  # all of it, as a Trainer leaves a model
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._checked, self._latest_batch = False, (-1, 0)  # here, for with auto_find_batch_size this is what starts anew
+        return super()._inner_training_loop(*args, **kwargs)
 
     @contextmanager
     def _compiled_by_block(self) -> Iterator[None]:
@@ -315,17 +319,27 @@ class ModularTrainer(CheckpointingTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
         """As `Trainer.training_step`, with every plan of the step in turn; gradients add up."""
         inputs = self._prepare_inputs(inputs)
-        plans = self.plans_of_step(self.state.global_step)
+        shares = self._shares_of_batch()
         loss: Any = 0.0
         try:
-            for number, turn in enumerate(self._turns(model, plans, inputs), start=1):
+            for number, turn in enumerate(self._turns(model, shares, inputs), start=1):
                 self._turn = turn
                 # Processes need not exchange gradients before the last plan.
-                with self.accelerator.no_sync(model) if number < len(plans) else nullcontext():
+                with self.accelerator.no_sync(model) if number < len(shares) else nullcontext():
                     loss = loss + super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._turn = None
         return loss
+
+    def _shares_of_batch(self) -> list[tuple[AssemblyPlan, float]]:
+        """The plans that the next batch of a step runs, each with its share of the loss: all of the step's, or those spread to it."""
+        step = self.state.global_step
+        plans = self.plans_of_step(step)
+        if not self.args.spread_plans:
+            return [(plan, 1 / len(plans)) for plan in plans]
+        number = self._latest_batch[1] + 1 if self._latest_batch[0] == step else 0
+        self._latest_batch = step, number
+        return spread(plans, self.current_gradient_accumulation_steps)[number]
 
     def compute_loss(
         self,
@@ -339,7 +353,7 @@ class ModularTrainer(CheckpointingTrainer):
             if self.label_smoother is not None and "labels" in inputs:  # which the Trainer will then not pass on
                 inputs = self._with_decoder_inputs(inputs)
             return super().compute_loss(model, inputs, return_outputs)
-        turn = self._turn or self._turns(model, self.plans_of_step(self.state.global_step)[:1], inputs)[0]
+        turn = self._turn or self._turns(model, [(self.plans_of_step(self.state.global_step)[0], 1.0)], inputs)[0]
         plan, share = turn.plan, turn.share
         terms, outputs = self._loss_terms(model, turn, inputs)
 
@@ -364,7 +378,7 @@ class ModularTrainer(CheckpointingTrainer):
             )
         return (loss, outputs) if return_outputs else loss
 
-    def _turns(self, model: nn.Module, plans: Sequence[AssemblyPlan], inputs: Mapping[str, Any]) -> list[_Turn]:
+    def _turns(self, model: nn.Module, shares: Sequence[tuple[AssemblyPlan, float]], inputs: Mapping[str, Any]) -> list[_Turn]:
         """Of plans that run on the same examples, after one pass of the teacher, recorded wherever one of them needs it."""
         args, bank, lesson = self.args, self.bank, None
         fed = self.state.global_step < args.fed_ratio * self._steps()
@@ -372,17 +386,17 @@ class ModularTrainer(CheckpointingTrainer):
             _check_batch(inputs, bank.config)
             self._checked = True
         if isinstance(model, DistributedDataParallel):
-            self._watch_running(model, plans)
+            self._watch_running(model, self.plans_of_step(self.state.global_step))
         if args.logit_weight or args.hidden_weight or args.attention_weight:
-            ends = {side: {end for plan in plans for end in (*_module_ends(plan, side), *self._read(plan, fed)[side])} for side in SIDES}
+            ends = {side: {end for plan, _ in shares for end in (*_module_ends(plan, side), *self._read(plan, fed)[side])} for side in SIDES}
             bank.eval()
             with torch.no_grad(), recording(bank, self._shape.teacher, ends, attention=bool(args.attention_weight)) as records:
                 outputs = model(**self._passed(inputs))
                 predictions = Taught.of(outputs.logits, args.temperature) if args.logit_weight else None
             encoded = {self._shape.teacher.encoder: outputs.encoder_last_hidden_state} if self._has_teachers_embeddings else {}
             lesson = _Lesson(predictions, records, encoded)
-            plans = sorted(plans, key=_difference_of_depths)
-        return [_Turn(plan, 1 / len(plans), lesson, fed) for plan in plans]
+            shares = sorted(shares, key=lambda turn: _difference_of_depths(turn[0]))
+        return [_Turn(plan, share, lesson, fed) for plan, share in shares]
 
     def _loss_terms(self, model: nn.Module, turn: _Turn, inputs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Seq2SeqLMOutput]:
         """Every term that has a weight, by its name in the log, and what the plan put out."""
