@@ -50,6 +50,7 @@ from modular_t5 import AssemblyPlan, ModularT5ForConditionalGeneration, ModularT
 from modular_t5.baselines import DistillationTrainer
 from modular_t5.comparison_methods import ABLATIONS
 from modular_t5.frontier import environment, markdown_table
+from modular_t5.lessons import Lesson
 from modular_t5.training_args import DistillationArguments
 
 
@@ -139,7 +140,7 @@ def without_reuse(bank: ModularT5ForConditionalGeneration, everything_trains: bo
     for parameter in teachers:
         parameter.requires_grad_(True)
     # As where the embeddings are the bank's own: nothing that a plan does is what the teacher did.
-    with patch.object(ModularTrainer, "_has_teachers_embeddings", False):
+    with patch.object(Lesson, "_has_teachers_embeddings", False):
         try:
             yield
         finally:

@@ -328,7 +328,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-
 _PAPER = {"plan_sampling": "mixed", "plans_per_step": 1, "replacing_rate": 0.7, "teacher_fed_ratio": 0.0}
 
 ABLATIONS: dict[str, Method] = {

@@ -15,8 +15,7 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
-from transformers.models.t5.modeling_t5 import T5Attention, T5Block
+from transformers.models.t5.modeling_t5 import T5Block
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
@@ -25,12 +24,12 @@ from .adapters import add_adapters
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
 from .checkpoints import CheckpointingTrainer
 from .configuration_modular_t5 import OWN_PARTS, ModularT5Config
-from .distillation import Taught, attention_loss, hidden_state_loss, prediction_losses, weighed
+from .distillation import weighed
 from .frontier import environment
 from .layout_modular_t5 import own_part_of, running_own_parts
+from .lessons import Lesson, difference_of_depths, with_decoder_inputs
 from .model_card import bank_card, measured_in
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
-from .recording import Replay, SideRecord, recording
 from .reducing import RunningParameters, trained_ids, watch_running
 from .replacing import CURRICULA, Odds, draw_plans, spread
 from .training_args import LOSS_WEIGHTS, ModularTrainingArguments
@@ -51,22 +50,12 @@ _REFUSED = {
 }
 
 
-class _Lesson(NamedTuple):
-    """What the teacher's pass left: its predictions if they are learned, what passed between its layers; and by the spans of an encoder
-    what it put out, the teacher's and then those of plans."""
-
-    predictions: Taught | None
-    records: dict[str, SideRecord]
-    encoded: dict[tuple[int, ...], torch.Tensor]
-
-
 class _Turn(NamedTuple):
-    """A plan of a step, the share of its loss, what it learns from, and whether its modules read the teacher's states."""
+    """A plan of a batch, its share of the loss, and what it learns from."""
 
     plan: AssemblyPlan
     share: float
-    lesson: _Lesson | None
-    fed: bool
+    lesson: Lesson
 
 
 class ModularTrainer(CheckpointingTrainer):
@@ -351,11 +340,11 @@ class ModularTrainer(CheckpointingTrainer):
         """In training the loss of the plan whose turn it is, by default the step's first; in evaluation the task's, of the bank's own."""
         if not model.training:
             if self.label_smoother is not None and "labels" in inputs:  # which the Trainer will then not pass on
-                inputs = self._with_decoder_inputs(inputs)
+                inputs = with_decoder_inputs(self.bank, inputs)
             return super().compute_loss(model, inputs, return_outputs)
         turn = self._turn or self._turns(model, [(self.plans_of_step(self.state.global_step)[0], 1.0)], inputs)[0]
         plan, share = turn.plan, turn.share
-        terms, outputs = self._loss_terms(model, turn, inputs)
+        terms, outputs = turn.lesson.loss_terms(plan)
 
         if num_items_in_batch is not None:
             of_all = self.args.average_tokens_across_devices or self.accelerator.num_processes == 1
@@ -379,80 +368,16 @@ class ModularTrainer(CheckpointingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _turns(self, model: nn.Module, shares: Sequence[tuple[AssemblyPlan, float]], inputs: Mapping[str, Any]) -> list[_Turn]:
-        """Of plans that run on the same examples, after one pass of the teacher, recorded wherever one of them needs it."""
-        args, bank, lesson = self.args, self.bank, None
-        fed = self.state.global_step < args.fed_ratio * self._steps()
+        """Of plans that learn from the same examples, those first whose sides are most alike."""
+        step = self.state.global_step
         if not self._checked:
-            _check_batch(inputs, bank.config)
+            _check_batch(inputs, self.bank.config)
             self._checked = True
         if isinstance(model, DistributedDataParallel):
-            self._watch_running(model, self.plans_of_step(self.state.global_step))
-        if args.logit_weight or args.hidden_weight or args.attention_weight:
-            ends = {side: {end for plan, _ in shares for end in (*_module_ends(plan, side), *self._read(plan, fed)[side])} for side in SIDES}
-            bank.eval()
-            with torch.no_grad(), recording(bank, self._shape.teacher, ends, attention=bool(args.attention_weight)) as records:
-                outputs = model(**self._passed(inputs))
-                predictions = Taught.of(outputs.logits, args.temperature) if args.logit_weight else None
-            encoded = {self._shape.teacher.encoder: outputs.encoder_last_hidden_state} if self._has_teachers_embeddings else {}
-            lesson = _Lesson(predictions, records, encoded)
-            shares = sorted(shares, key=lambda turn: _difference_of_depths(turn[0]))
-        return [_Turn(plan, share, lesson, fed) for plan, share in shares]
-
-    def _loss_terms(self, model: nn.Module, turn: _Turn, inputs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Seq2SeqLMOutput]:
-        """Every term that has a weight, by its name in the log, and what the plan put out."""
-        args, bank = self.args, self.bank
-        plan, lesson, labels = turn.plan, turn.lesson, inputs["labels"]
-        module_ends = {side: _module_ends(plan, side) for side in SIDES}
-        attention = bool(args.attention_weight)
-        replays, reused = {}, {}
-        if lesson is not None:
-            replays = {
-                side: {layers: Replay(lesson.records[side].recorders[layers].passed) for layers in read}
-                for side, read in self._read(plan, turn.fed).items()
-            }
-            if plan.encoder in lesson.encoded and module_ends["decoder"]:
-                reused["encoder_outputs"] = BaseModelOutput(lesson.encoded[plan.encoder])
-                module_ends["encoder"] = set()
-        bank.eval()
-        self._set_training_modes(plan)
-        with recording(bank, plan, module_ends, replays=replays, attention=attention) as of_student, _seen_by_ddp(model, of_student):
-            student = model(**self._passed(inputs), **reused)
-        if lesson is not None:
-            lesson.encoded.setdefault(plan.encoder, student.encoder_last_hidden_state.detach())
-
-        terms = prediction_losses(args, student.logits, labels, None if lesson is None else lesson.predictions)
-        masks = {"encoder": _source_mask(inputs, student), "decoder": labels != -100}
-        spans = [
-            (of_student[side], lesson.records[side], end, masks[side]) for side in SIDES for end in module_ends[side] if lesson is not None
-        ]
-        if args.hidden_weight:
-            terms["hidden_loss"] = _mean([hidden_state_loss(ours.state(end), its.state(end), mask) for ours, its, end, mask in spans])
-        if args.attention_weight:
-            terms["attention_loss"] = _mean(
-                [
-                    attention_loss(our_map, its_map, mask)
-                    for ours, its, end, mask in spans
-                    for our_map, its_map in zip(ours.attention[end], its.attention[end], strict=True)
-                ]
-            )
-        return terms, student
-
-    @property
-    def _has_teachers_embeddings(self) -> bool:
-        """Whether plans with modules do too; with others, they differ from the teacher from the bottom on."""
-        return "embeddings" not in self.bank.config.own_parts
-
-    def _read(self, plan: AssemblyPlan, fed: bool) -> dict[str, list[int]]:
-        """After how many layers of each side the teacher's states stand in for the plan's own.
-
-        Where modules are fed, below every module. Else where they are the same: with the teacher's embeddings, below the first module,
-        and in the decoder only if the encoder has no module, for each of its layers reads the encoder.
-        """
-        starts = {side: [start for start, span in plan.blocks(side) if span > 1] for side in SIDES}
-        same = {"encoder": starts["encoder"][:1], "decoder": starts["decoder"][:1] if not starts["encoder"] else []}
-        if not fed:
-            starts = same if self._has_teachers_embeddings else {side: [] for side in SIDES}
-        return {side: [start for start in starts[side] if start] for side in SIDES}
+            self._watch_running(model, self.plans_of_step(step))
+        fed = step < self.args.fed_ratio * self._steps()
+        lesson = Lesson(self.args, self.bank, model, [plan for plan, _ in shares], inputs, fed=fed)
+        return [_Turn(plan, share, lesson) for plan, share in sorted(shares, key=lambda share: difference_of_depths(share[0]))]
 
     def _watch_running(self, model: DistributedDataParallel, plans: Sequence[AssemblyPlan]) -> None:
         """Tell the averaging of gradients what runs in a step."""
@@ -461,34 +386,6 @@ class ModularTrainer(CheckpointingTrainer):
         parts = [module for plan in plans for side in SIDES for module in self.bank.blocks_of(plan, side)]
         own = [getattr(self.bank, side).bank[name] for plan in plans for side, name in running_own_parts(plan, self.bank.config)]
         self._running[1].ids = trained_ids([*parts, *own])
-
-    def _passed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What the model is called with: without labels, which it would compute a loss of its own from."""
-        passed = self._with_decoder_inputs(inputs)
-        del passed["labels"]
-        return {**passed, "use_cache": False, "return_dict": True}
-
-    def _with_decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """A copy of the inputs, in which T5's decoder inputs are not left to be made of labels."""
-        if "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs:
-            return dict(inputs)
-        return {**inputs, "decoder_input_ids": self.bank.prepare_decoder_input_ids_from_labels(inputs["labels"])}
-
-    def _set_training_modes(self, plan: AssemblyPlan) -> None:
-        """After `bank.eval()`: if asked for, dropout in the plan's modules, nowhere else. So it stays until gradients are computed."""
-        bank = self.bank
-        bank.training = True
-        for side in SIDES:
-            for (_, span), block in zip(plan.blocks(side), bank.blocks_of(plan, side), strict=True):
-                if span == 1 or not self.args.module_dropout:
-                    # The flag of the block alone: it asks for gradient checkpointing, where that is on, and for nothing else.
-                    block.training = True
-                    continue
-                block.train()
-                if self.args.attention_weight:
-                    for module in block.modules():
-                        if isinstance(module, T5Attention):
-                            module.training = False  # probabilities with holes would not be comparable
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, with the mean of every loss term since the last training log."""
@@ -543,45 +440,6 @@ class ModularTrainer(CheckpointingTrainer):
             if all(isinstance(value, Real) for value in values):
                 metrics[f"{prefix}_{name}"] = sum(values) / len(values)
         return EvalLoopOutput(output.predictions, output.label_ids, metrics, samples)
-
-
-@contextmanager
-def _seen_by_ddp(model: nn.Module, records: Mapping[str, SideRecord]) -> Iterator[None]:
-    """Within it, outputs of a model in DDP hold the recorded states: DDP seeks what ran in what its output was made of, and a module that
-    is fed leads to none below it."""
-    if not isinstance(model, DistributedDataParallel):
-        yield
-        return
-
-    def put(module: nn.Module, args: Any, output: Seq2SeqLMOutput) -> None:
-        for side, record in records.items():
-            output[f"{side}_hidden_states"] = tuple(record.state(end) for end in record.recorders)
-
-    handle = model.module.register_forward_hook(put)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _difference_of_depths(plan: AssemblyPlan) -> float:
-    """Between the sides, relative to the teacher's: 0 where they are alike."""
-    encoder, decoder = (len(plan.spans(side)) / sum(plan.spans(side)) for side in SIDES)
-    return abs(encoder - decoder)
-
-
-def _module_ends(plan: AssemblyPlan, side: str) -> set[int]:
-    """After how many original layers a module of the plan ends."""
-    return {start + span for start, span in plan.blocks(side) if span > 1}
-
-
-def _mean(terms: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(terms).mean()
-
-
-def _source_mask(inputs: Mapping[str, Any], outputs: Seq2SeqLMOutput) -> torch.Tensor:
-    mask = inputs.get("attention_mask")
-    return torch.ones_like(outputs.encoder_last_hidden_state[..., 0], dtype=torch.bool) if mask is None else mask.bool()
 
 
 def _listed(given: str | Sequence[str] | None) -> list[str]:

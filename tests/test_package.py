@@ -25,6 +25,7 @@ ROOMS = [
     "training_args",
     "distillation",
     "recording",
+    "lessons",
     "reducing",
     "loss_sums",
     "checkpoints",

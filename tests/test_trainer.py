@@ -17,9 +17,10 @@ from training import CHECKPOINTING, DEFAULTS, Noting, collate, logged, make_data
 from transformers import AutoTokenizer, EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-import modular_t5.trainer
+import modular_t5.lessons
 from modular_t5 import ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
 from modular_t5.layout_modular_t5 import own_part_of
+from modular_t5.lessons import Lesson
 
 
 @contextmanager
@@ -133,13 +134,18 @@ def test_plans_are_drawn_by_seed_and_step_alone(tmp_path):
     assert plans[0] == plans[1] != plans[2]
 
 
+def plans_that_run(monkeypatch):
+    """A list that grows with every plan that runs in training, the teacher's among them."""
+    ran, recording = [], modular_t5.lessons.recording
+    monkeypatch.setattr(
+        modular_t5.lessons, "recording", lambda bank, plan, *rest, **more: ran.append(str(plan)) or recording(bank, plan, *rest, **more)
+    )
+    return ran
+
+
 def test_each_step_runs_its_plan_and_the_banks_own_returns(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, max_steps=3)
-    ran = []
-    recording = modular_t5.trainer.recording
-    monkeypatch.setattr(
-        modular_t5.trainer, "recording", lambda bank, plan, *rest, **more: ran.append(str(plan)) or recording(bank, plan, *rest, **more)
-    )
+    ran = plans_that_run(monkeypatch)
     trainer.model.set_plan("2x3/2x3")
     trainer.train()
     assert ran == [text for step in range(3) for text in ("1x6/1x6", str(trainer.plans_of_step(step)[0]))]
@@ -164,11 +170,7 @@ def test_the_plans_of_a_step_share_a_teacher_and_its_loss_is_their_mean(tmp_path
     bank.zero_grad()
 
     trainer = make_trainer(tmp_path, bank=bank, **dials)
-    ran = []
-    recording = modular_t5.trainer.recording
-    monkeypatch.setattr(
-        modular_t5.trainer, "recording", lambda bank, plan, *rest, **more: ran.append(str(plan)) or recording(bank, plan, *rest, **more)
-    )
+    ran = plans_that_run(monkeypatch)
     trainer.create_optimizer()
     loss = trainer.training_step(bank, batch, (batch["labels"] != -100).sum())
     assert ran == ["1x6/1x6", *map(str, plans)]
@@ -213,11 +215,7 @@ def test_a_step_in_parts_is_the_step(smoothing, dials, tmp_path):
 
 def test_plans_spread_over_batches_learn_what_they_learn_of_one(tmp_path, monkeypatch):
     """Where all examples are alike."""
-    logs, ran = [], []
-    recording = modular_t5.trainer.recording
-    monkeypatch.setattr(
-        modular_t5.trainer, "recording", lambda bank, plan, *rest, **more: ran.append(str(plan)) or recording(bank, plan, *rest, **more)
-    )
+    logs, ran = [], plans_that_run(monkeypatch)
     example = make_dataset(1)[0]
     for changes in ({}, {"spread_plans": True, "gradient_accumulation_steps": 2}, {"spread_plans": True, "gradient_accumulation_steps": 4}):
         trainer = make_trainer(
@@ -404,11 +402,11 @@ def test_modules_are_fed_in_the_first_steps(tmp_path, monkeypatch, arguments, fe
     trainer = make_trainer(tmp_path, max_steps=10, **arguments)
     seen = {}
 
-    def note(plan, fed, read=trainer._read):
-        seen[trainer.state.global_step] = fed
-        return read(plan, fed)
+    def note(lesson, plan, read=Lesson._read):
+        seen[trainer.state.global_step] = lesson._fed
+        return read(lesson, plan)
 
-    monkeypatch.setattr(trainer, "_read", note)
+    monkeypatch.setattr(Lesson, "_read", note)
     trainer.train()
     assert [seen[step] for step in range(10)] == [True] * fed + [False] * (10 - fed)
 
@@ -530,7 +528,7 @@ def test_attention_maps_are_compared_without_dropout(tmp_path, monkeypatch):
         seen.append(student)
         return (student - teacher).sum()
 
-    monkeypatch.setattr(modular_t5.trainer, "attention_loss", note)
+    monkeypatch.setattr(modular_t5.lessons, "attention_loss", note)
     monkeypatch.setattr(trainer, "plans_of_step", lambda step: (plan,))
     with trainer._eager_attention():
         bank.train()

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from modular_t5 import ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
+from modular_t5.lessons import Lesson
 from modular_t5.storage_modular_t5 import fingerprint
 
 
@@ -121,8 +122,8 @@ def main():
     bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(**{"dropout_rate": 0.1, **args.teacher}))
     trainer = make_trainer(args.folder, bank=bank, trainer=KilledTrainer, trainer_arguments={"callbacks": [Killing]}, **changes)
     args.folder.mkdir(parents=True, exist_ok=True)
-    plans, loss_terms = [], trainer._loss_terms
-    trainer._loss_terms = lambda model, turn, *rest: plans.append(str(turn.plan)) or loss_terms(model, turn, *rest)
+    plans, loss_terms = [], Lesson.loss_terms
+    Lesson.loss_terms = lambda lesson, plan: plans.append(str(plan)) or loss_terms(lesson, plan)
     trained = trainer.train(resume_from_checkpoint=get_last_checkpoint(args.folder))
     result = {
         "train_loss": trained.training_loss,
