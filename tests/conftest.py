@@ -1,12 +1,20 @@
 """The pico models that all tests share, their seeds, the Hub that they ask, and the `--slow` switch."""
 
+import json
 import os
 
 import pytest
 import torch
 from hub import HUB
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import MT5Config, MT5ForConditionalGeneration, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from modular_t5 import ModularT5ForConditionalGeneration
 from modular_t5.storage_modular_t5 import StoredTensors, write_shards
@@ -135,6 +143,19 @@ def pico_tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def pico_translation(tmp_path, pico_tokenizer):
+    """A folder with a pico teacher and its tokenizer, and a few pairs of texts to train and to test with."""
+    tokenizer = AutoTokenizer.from_pretrained(pico_tokenizer)
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    make_teacher(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "teacher")
+    words = ["ein", "Hund", "und", "ein", "Mann", "am", "Haus"]
+    for name, count in (("train", 24), ("test", 6)):
+        pairs = [{"en": " ".join(words[i % 5 :]), "de": " ".join(words[: i % 5 + 1])} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"translation": pair}) + "\n" for pair in pairs))
+    return tmp_path
 
 
 @pytest.fixture(params=TEACHERS)

@@ -21,19 +21,12 @@ SIZES = ["1x6/2x3", "2x3/2x3", "1x6/3x2", "2x3/3x2", "3x2/3x2", "6x1/6x1"]
 
 
 @pytest.fixture
-def given(tmp_path, pico_tokenizer):
-    """A file of arguments for a pico teacher and a few pairs of texts."""
-    tokenizer = AutoTokenizer.from_pretrained(pico_tokenizer)
-    tokenizer.save_pretrained(tmp_path / "teacher")
-    make_teacher(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "teacher")
-    words = ["ein", "Hund", "und", "ein", "Mann", "am", "Haus"]
-    for name, count in (("train", 24), ("test", 6)):
-        pairs = [{"en": " ".join(words[i % 5 :]), "de": " ".join(words[: i % 5 + 1])} for i in range(count)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"translation": pair}) + "\n" for pair in pairs))
+def given(tmp_path, pico_translation):
+    """A file of arguments."""
     arguments = {
-        "teacher": str(tmp_path / "teacher"),
-        "train_file": str(tmp_path / "train.jsonl"),
-        "test_file": str(tmp_path / "test.jsonl"),
+        "teacher": str(pico_translation / "teacher"),
+        "train_file": str(pico_translation / "train.jsonl"),
+        "test_file": str(pico_translation / "test.jsonl"),
         "source_lang": "en",
         "target_lang": "de",
         "max_source_length": 16,
