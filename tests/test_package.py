@@ -20,6 +20,7 @@ ROOMS = [
     "layout_modular_t5",
     "storage_modular_t5",
     "loading_modular_t5",
+    "own_parts_modular_t5",
     "modeling_modular_t5",
     "replacing",
     "training_args",
