@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_teacher
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 
@@ -58,3 +59,24 @@ def test_from_nothing_then_from_there_then_again(train, capsys):
     again = train("further", start_from=first, dropout_rate=0.0)  # all done: it scores and writes, and trains no step
     assert "'loss'" not in capsys.readouterr().out
     assert torch.equal(T5ForConditionalGeneration.from_pretrained(again).shared.weight, after)
+
+
+def test_a_deeper_one_starts_as_about_the_same_function(train):
+    """Where layers add little to the residual stream, that they read what they added themselves matters less."""
+    shallow, without = make_teacher(dropout_rate=0.0), make_teacher(dropout_rate=0.0)
+    for model, scale in ((shallow, 0.05), (without, 0.0)):
+        for name, weight in model.state_dict().items():
+            if name.endswith((".o.weight", ".wo.weight")):
+                weight.mul_(scale)
+    deeper = runpy.run_path(str(SCRIPT))["deepened"](shallow, 2)
+    assert (deeper.config.num_layers, deeper.config.num_decoder_layers) == (12, 12)
+    inputs = {"input_ids": torch.arange(2, 14)[None], "decoder_input_ids": torch.arange(8)[None]}
+    with torch.no_grad():
+        logits, same, other = (model.eval()(**inputs).logits for model in (shallow, deeper, without))
+    assert 0 < (same - logits).norm() < 0.1 * (other - logits).norm()
+
+    small = {"num_layers": 1, "d_model": 16, "d_ff": 32, "num_heads": 2, "vocab_size": 60, "max_steps": 2, "eval_steps": 2, "save_steps": 2}
+    first = train("first", **small)
+    second = train("second", **small, start_from=first, repeat_layers=3)
+    assert T5ForConditionalGeneration.from_pretrained(second).config.num_layers == 3
+    assert f"{first}, every layer 3 times" in (second / "README.md").read_text()

@@ -1,6 +1,7 @@
 """Train a small T5 on pairs of texts, to be a teacher that methods of compression can be compared on.
 
-From nothing, with a tokenizer made of the same texts; or, with `--start_from DIR`, from a T5 that was not trained to the end:
+From nothing, with a tokenizer made of the same texts; or, with `--start_from DIR`, from a T5 that was not trained to the end, or with
+`--repeat_layers 2` from one of half the depth:
 
     python benchmarks/compare/train_teacher.py --train_file train.jsonl --validation_file validation.jsonl --test_file test.jsonl \
         --source_lang en --target_lang de --output_dir out/teacher
@@ -11,6 +12,8 @@ shown by a second training that starts from it and finds nothing better. Every a
 their defaults are in `RECIPE`.
 """
 
+import copy
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +52,9 @@ class TeacherArguments:
     max_length: int = field(default=64, metadata={"help": "Of sources and targets, in tokens; what is longer is cut."})
     start_from: str | None = field(
         default=None, metadata={"help": "Folder of a T5 with its tokenizer to continue from; else from nothing."}
+    )
+    repeat_layers: int = field(
+        default=1, metadata={"help": "With start_from, begin with every layer so many times in a row, their outputs divided by that."}
     )
     num_layers: int = field(default=6, metadata={"help": "Of each side."})
     d_model: int = field(default=128, metadata={"help": "Width."})
@@ -122,7 +128,7 @@ def starting_point(args: TeacherArguments, train: Pairs) -> tuple[T5ForCondition
     if args.start_from is not None:
         model = AutoModelForSeq2SeqLM.from_pretrained(args.start_from, dtype=torch.float32, attn_implementation="eager")
         model.config.dropout_rate = args.dropout_rate
-        return model, AutoTokenizer.from_pretrained(args.start_from)
+        return deepened(model, args.repeat_layers), AutoTokenizer.from_pretrained(args.start_from)
     tokenizer = trained_tokenizer(train, args.vocab_size)
     config = T5Config(
         vocab_size=len(tokenizer),
@@ -138,6 +144,20 @@ def starting_point(args: TeacherArguments, train: Pairs) -> tuple[T5ForCondition
         attn_implementation="eager",
     )
     return T5ForConditionalGeneration(config), tokenizer
+
+
+def deepened(model: T5ForConditionalGeneration, times: int) -> T5ForConditionalGeneration:
+    """A T5 of every layer so many times in a row, what they add to the residual stream divided by that: about the same function.
+
+    Source of the stacking: Gong et al., "Efficient Training of BERT by Progressively Stacking", ICML 2019.
+    """
+    config = copy.deepcopy(model.config)
+    config.num_layers, config.num_decoder_layers = times * config.num_layers, times * config.num_decoder_layers
+    deeper, weights = T5ForConditionalGeneration(config), model.state_dict()
+    for name, weight in deeper.state_dict().items():
+        shallow = re.sub(r"(?<=block\.)\d+", lambda number: str(int(number[0]) // times), name)
+        weight.copy_(weights[shallow] / (times if re.search(r"\.(o|wo)\.weight$", name) else 1))
+    return deeper
 
 
 def trained_tokenizer(train: Pairs, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -161,7 +181,7 @@ def card_of(trainer: DistillationTrainer, args: TeacherArguments, scores: dict[s
         "width": f"d_model {config.d_model}, d_ff {config.d_ff}, {config.num_heads} heads",
         "parameters": f"{trainer.model.num_parameters():,}",
         "vocabulary": f"{config.vocab_size:,}, joint, Unigram (`tokenizer.json`)",
-        "started from": args.start_from or "nothing",
+        "started from": (args.start_from or "nothing") + (f", every layer {args.repeat_layers} times" if args.repeat_layers > 1 else ""),
         "optimizer": f"Adafactor, scaled by each matrix's size; batch {training.train_batch_size}, label smoothing "
         f"{training.label_smoothing_factor:g}, dropout {args.dropout_rate:g} on residuals and embeddings",
         "schedule": f"{training.lr_scheduler_type.value}, peak {training.learning_rate:g}, {training.warmup_steps:g} steps of warm-up",
