@@ -109,18 +109,13 @@ def agreement_table(results: Mapping[str, Any], decoding: str = "greedy") -> str
 
 def ahead_table(results: Mapping[str, Any], decoding: str = "greedy") -> str:
     """How far methods of one training are ahead of the best of those of one a size, with 95 % intervals over the test sentences."""
-    rows = [
-        [
-            name,
-            "-".join(map(str, results["costs"][plan]["depths"])),
-            of_plan[decoding]["of"],
-            f"{of_plan[decoding]['BLEU']:+.2f}",
-            "{:+.2f} to {:+.2f}".format(*of_plan[decoding]["interval"]),
-        ]
-        for name, of_method in results["ahead"].items()
-        for plan, of_plan in of_method.items()
-    ]
-    return markdown_table(["method", "size", "best of one training a size", "ahead by", "95 % interval"], rows, left=3)
+    plans = _scored_plans(results)
+    best = {plan: of[decoding]["of"] for of_method in results["ahead"].values() for plan, of in of_method.items()}
+    rows = [["*best of one training a size*", *(f"*{best[plan]}*" if plan in best else "" for plan in plans)]] if best else []
+    for name, of_method in results["ahead"].items():
+        ahead = {plan: (of[decoding]["BLEU"], *of[decoding]["interval"]) for plan, of in of_method.items()}
+        rows.append([name, *("{:+.2f} ({:+.2f} to {:+.2f})".format(*ahead[plan]) if plan in ahead else "" for plan in plans)])
+    return markdown_table(["ahead by, BLEU", *plans.values()], rows)
 
 
 def costs_table(results: Mapping[str, Any]) -> str:

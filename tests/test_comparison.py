@@ -81,7 +81,8 @@ def test_the_whole_comparison(given, tmp_path, capsys):
     assert (tmp_path / "out" / "picture.png").stat().st_size > 10_000
     scores, ahead, agreement, costs = printed.strip().split("\n\n")
     assert scores.count("\n") == agreement.count("\n") == 1 + len(methods)
-    assert ahead.count("\n") == 1 + sum(len(row["scores"]) for row in results["rows"].values() if not row["per_size"])
+    assert ahead.count("\n") == 2 + sum(not row["per_size"] for row in results["rows"].values())
+    assert len(re.findall(r"[+-]\d+\.\d\d \(", ahead)) == sum(len(row["scores"]) for row in results["rows"].values() if not row["per_size"])
     assert costs.count("\n") == 1 + len(results["costs"])
 
 
