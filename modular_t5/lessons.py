@@ -24,7 +24,8 @@ class Lesson:
 
     Args:
         args: which losses there are.
-        model: the bank, or what it is wrapped in.
+        bank: whose plans they are.
+        model: what is called: the bank, or what distributed training wraps it in.
         plans: those that are to learn from it.
         inputs: the batch, with labels.
         fed: whether modules read the teacher's states in place of what the modules below make of them.

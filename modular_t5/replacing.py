@@ -137,8 +137,8 @@ def draw_plans(
 def spread(plans: Sequence[AssemblyPlan], batches: int) -> list[list[tuple[AssemblyPlan, float]]]:
     """Share the plans of a step out to its batches: of each batch the plans that it runs, with their shares of its loss.
 
-    Every plan runs on as few batches as all of them allow, and counts alike over the step. Plans of one encoder stay together where
-    a batch runs several; where there are more batches than plans, some batches run the same.
+    Every plan runs on as few batches as all of them allow, and counts alike if batches do. Where a batch runs several, their encoders are
+    alike as far as that goes; where there are more batches than plans, some batches run the same.
     """
     ordered, count = sorted(plans, key=lambda plan: plan.encoder), len(plans)
     starts = [count * batch // batches for batch in range(batches + 1)]

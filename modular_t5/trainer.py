@@ -61,15 +61,16 @@ class _Turn(NamedTuple):
 class ModularTrainer(CheckpointingTrainer):
     """Trains the modules of a bank; everything else of the bank is the teacher, frozen and without dropout.
 
-    Each step runs random plans in place of the original layers, one after the other. At first every module reads the teacher's states
-    of its side, and so learns by itself what its layers do; later it reads what the modules below make of them. What an encoder puts
-    out is read by all plans of a step that have it: it runs and learns, and embeddings through it, in the one whose sides are most alike,
-    with what is taught there.
+    Each step runs random plans in place of the original layers, one after the other, on the same examples or, with `spread_plans`, each on
+    some of its batches. At first every module reads the teacher's states of its side, and so learns by itself what its layers do; later
+    it reads what the modules below make of them. What an encoder puts out is read by all plans that a batch runs and that have it: it
+    runs and learns, and embeddings through it, in the one whose sides are most alike, with what is taught there.
 
     The loss of a plan is the weighted sum of the task's cross-entropy (`task_loss` in the log), the KL divergence from the teacher's
     predictions (`logit_loss`), the error of the hidden state at the end of every span whose module learns (`hidden_loss`) and, if asked
     for, that of the module's attention probabilities (`attention_loss`). All are means over the tokens of the whole step, however it is
-    cut into batches and processes; but of the encoder's states and attention a batch counts by its target tokens.
+    cut into batches and processes; but of the encoder's states and attention a batch counts by its target tokens, and so does with
+    `spread_plans` a plan by those of its batches.
 
     `evaluate` runs `eval_plans`: `eval_<plan>_loss` and metrics of each, and `eval_loss` and metrics that are means over the plans.
     `predict` runs the bank's own plan. Checkpoints hold the modules without the teacher, and appear whole or not at all;
@@ -154,7 +155,7 @@ class ModularTrainer(CheckpointingTrainer):
         # The losses here count tokens over the whole step, as those of models do that accept `num_items_in_batch`.
         self.model_accepts_loss_kwargs = True
         self._checked = False  # whether a batch was seen to fit
-        self._latest_batch = -1, 0  # the step that it was of, and its number there
+        self._batch_of_step = 0  # the number of the next one
         self._evaluating = False
         self._running: tuple[DistributedDataParallel, RunningParameters] | None = None
         self._turn: _Turn | None = None  # while a step runs
@@ -269,8 +270,13 @@ class ModularTrainer(CheckpointingTrainer):
                 self.bank.train()  # all of it, as a Trainer leaves a model
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._checked, self._latest_batch = False, (-1, 0)  # here, for with auto_find_batch_size this is what starts anew
+        self._checked = False
         return super()._inner_training_loop(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.get_batch_samples`: the batches of a step."""
+        self._batch_of_step = 0
+        return super().get_batch_samples(*args, **kwargs)
 
     @contextmanager
     def _compiled_by_block(self) -> Iterator[None]:
@@ -306,9 +312,9 @@ class ModularTrainer(CheckpointingTrainer):
                 config._attn_implementation = implementation
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-        """As `Trainer.training_step`, with every plan of the step in turn; gradients add up."""
+        """As `Trainer.training_step`, with every plan that the batch runs in turn; gradients add up."""
         inputs = self._prepare_inputs(inputs)
-        shares = self._shares_of_batch()
+        shares = self._next_shares()
         loss: Any = 0.0
         try:
             for number, turn in enumerate(self._turns(model, shares, inputs), start=1):
@@ -320,15 +326,16 @@ class ModularTrainer(CheckpointingTrainer):
             self._turn = None
         return loss
 
-    def _shares_of_batch(self) -> list[tuple[AssemblyPlan, float]]:
+    def _next_shares(self) -> list[tuple[AssemblyPlan, float]]:
         """The plans that the next batch of a step runs, each with its share of the loss: all of the step's, or those spread to it."""
         step = self.state.global_step
         plans = self.plans_of_step(step)
         if not self.args.spread_plans:
             return [(plan, 1 / len(plans)) for plan in plans]
-        number = self._latest_batch[1] + 1 if self._latest_batch[0] == step else 0
-        self._latest_batch = step, number
-        return spread(plans, self.current_gradient_accumulation_steps)[number]
+        of_batches = spread(plans, self.current_gradient_accumulation_steps)
+        number, self._batch_of_step = self._batch_of_step, self._batch_of_step + 1
+        # In turn, for a step's batches may be sorted by length.
+        return of_batches[(number + step) % len(of_batches)]
 
     def compute_loss(
         self,
@@ -337,7 +344,8 @@ class ModularTrainer(CheckpointingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """In training the loss of the plan whose turn it is, by default the step's first; in evaluation the task's, of the bank's own."""
+        """In training the loss of the plan whose turn it is, on the batch that `training_step` got, or else of the step's first plan; in
+        evaluation the task's, of the bank's own."""
         if not model.training:
             if self.label_smoother is not None and "labels" in inputs:  # which the Trainer will then not pass on
                 inputs = with_decoder_inputs(self.bank, inputs)

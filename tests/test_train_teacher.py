@@ -70,6 +70,10 @@ def test_a_deeper_one_starts_as_about_the_same_function(train):
                 weight.mul_(scale)
     deeper = runpy.run_path(str(SCRIPT))["deepened"](shallow, 2)
     assert (deeper.config.num_layers, deeper.config.num_decoder_layers) == (12, 12)
+    for layer in range(12):
+        ours, its = (model.decoder.block[number].layer[0].SelfAttention for model, number in ((deeper, layer), (shallow, layer // 2)))
+        assert torch.equal(ours.q.weight, its.q.weight)
+        assert torch.equal(ours.o.weight, its.o.weight / 2)
     inputs = {"input_ids": torch.arange(2, 14)[None], "decoder_input_ids": torch.arange(8)[None]}
     with torch.no_grad():
         logits, same, other = (model.eval()(**inputs).logits for model in (shallow, deeper, without))
@@ -80,3 +84,6 @@ def test_a_deeper_one_starts_as_about_the_same_function(train):
     second = train("second", **small, start_from=first, repeat_layers=3)
     assert T5ForConditionalGeneration.from_pretrained(second).config.num_layers == 3
     assert f"{first}, every layer 3 times" in (second / "README.md").read_text()
+    for wrong in ({"repeat_layers": 0}, {"repeat_layers": 2}):
+        with pytest.raises(ValueError, match=r"repeat_layers=\d must be at least 1"):
+            train("third", **small, **wrong)

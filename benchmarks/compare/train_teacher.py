@@ -125,10 +125,15 @@ def main() -> None:
 
 def starting_point(args: TeacherArguments, train: Pairs) -> tuple[T5ForConditionalGeneration, PreTrainedTokenizerBase]:
     """The T5 to continue, or a new one. Attention is eager: in bfloat16 on a CPU its gradients are the faster."""
+    if args.repeat_layers < 1 or (args.repeat_layers > 1 and args.start_from is None):
+        raise ValueError(
+            f"repeat_layers={args.repeat_layers} must be at least 1, and above 1 there must be a start_from whose layers are repeated"
+        )
     if args.start_from is not None:
         model = AutoModelForSeq2SeqLM.from_pretrained(args.start_from, dtype=torch.float32, attn_implementation="eager")
         model.config.dropout_rate = args.dropout_rate
-        return deepened(model, args.repeat_layers), AutoTokenizer.from_pretrained(args.start_from)
+        model = model if args.repeat_layers == 1 else deepened(model, args.repeat_layers)
+        return model, AutoTokenizer.from_pretrained(args.start_from)
     tokenizer = trained_tokenizer(train, args.vocab_size)
     config = T5Config(
         vocab_size=len(tokenizer),
@@ -153,7 +158,8 @@ def deepened(model: T5ForConditionalGeneration, times: int) -> T5ForConditionalG
     """
     config = copy.deepcopy(model.config)
     config.num_layers, config.num_decoder_layers = times * config.num_layers, times * config.num_decoder_layers
-    deeper, weights = T5ForConditionalGeneration(config), model.state_dict()
+    deeper, weights = type(model)(config), model.state_dict()
+    deeper.generation_config = model.generation_config
     for name, weight in deeper.state_dict().items():
         shallow = re.sub(r"(?<=block\.)\d+", lambda number: str(int(number[0]) // times), name)
         weight.copy_(weights[shallow] / (times if re.search(r"\.(o|wo)\.weight$", name) else 1))
