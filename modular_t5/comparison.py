@@ -64,7 +64,7 @@ class ComparisonArguments:
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of batches, dropout and plans; a run of everything each."})
     max_steps: int = field(default=1000, metadata={"help": "Optimizer steps of every run."})
-    batch_size: int = field(default=64, metadata={"help": "Examples a batch, which a step has one of, but of `modular, spread plans`."})
+    batch_size: int = field(default=64, metadata={"help": "Examples a step."})
     decodings: list[str] = field(
         default_factory=lambda: list(DECODINGS), metadata={"help": f"Ways to decode test texts, of {', '.join(DECODINGS)}."}
     )

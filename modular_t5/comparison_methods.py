@@ -272,13 +272,6 @@ def folder_name(method: str) -> str:
 
 _LABELS_ALONE = {"logit_weight": 0.0, "hidden_weight": 0.0}
 
-_MODULAR = Method(_modular, "Modular T5; one training", ModularTrainingArguments, {"learning_rate": 2e-3}, per_size=False)
-
-
-def _modular_but(description: str, **arguments: Any) -> Method:
-    return _MODULAR._replace(description=description, arguments=arguments, varied="modular")
-
-
 METHODS: dict[str, Method] = {
     "layer drop": Method(_layers_dropped, "layers of the teacher, nothing trained", None),
     "fine-tuning": Method(
@@ -319,13 +312,12 @@ METHODS: dict[str, Method] = {
         {"learning_rate": 1e-3, "drop_rate": 0.5, "label_smoothing_factor": 0.1},
         per_size=False,
     ),
-    "modular": _MODULAR,
-    "modular, spread plans": _modular_but(
-        "as many batches a step as there are sizes by default, and its plans shared out to them: as many examples as trainings a size",
-        spread_plans=True,
-        gradient_accumulation_steps=6,
-    ),
+    "modular": Method(_modular, "Modular T5; one training", ModularTrainingArguments, {"learning_rate": 2e-3}, per_size=False),
 }
+
+
+def _modular_but(description: str, **arguments: Any) -> Method:
+    return METHODS["modular"]._replace(description=description, arguments=arguments, varied="modular")
 
 
 _PAPER = {"plan_sampling": "mixed", "plans_per_step": 1, "replacing_rate": 0.7, "teacher_fed_ratio": 0.0}

@@ -8,9 +8,8 @@ ACL 2023, arXiv 2306.02379.
 import math
 import random
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
@@ -132,19 +131,6 @@ def draw_plans(
         raise ValueError(f"a curriculum must leave some granularity; its odds are all 0 at a progress of {progress:g}")
     # Seeded by a string, Random hashes it with SHA-512: the same in every process.
     return tuple(SAMPLINGS[sampling].plans(random.Random(f"{seed}/{step}"), shape, odds_of, replacing_rate, count))
-
-
-def spread(plans: Sequence[AssemblyPlan], batches: int) -> list[list[tuple[AssemblyPlan, float]]]:
-    """Share the plans of a step out to its batches: of each batch the plans that it runs, with their shares of its loss.
-
-    Every plan runs on as few batches as all of them allow, and counts alike if batches do. Where a batch runs several, their encoders are
-    alike as far as that goes; where there are more batches than plans, some batches run the same.
-    """
-    ordered, count = sorted(plans, key=lambda plan: plan.encoder), len(plans)
-    starts = [count * batch // batches for batch in range(batches + 1)]
-    of_batches = [range(start, max(end, start + 1)) for start, end in pairwise(starts)]
-    runs = Counter(chain.from_iterable(of_batches))
-    return [[(ordered[place], batches / (count * runs[place])) for place in of_batch] for of_batch in of_batches]
 
 
 def _draw_plan(draw: random.Random, shape: BankShape, odds: SideOdds, replacing_rate: float) -> AssemblyPlan:

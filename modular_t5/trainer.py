@@ -31,7 +31,7 @@ from .lessons import Lesson, difference_of_depths, with_decoder_inputs
 from .model_card import bank_card, measured_in
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .reducing import RunningParameters, trained_ids, watch_running
-from .replacing import CURRICULA, Odds, draw_plans, spread
+from .replacing import CURRICULA, Odds, draw_plans
 from .training_args import LOSS_WEIGHTS, ModularTrainingArguments
 
 
@@ -51,7 +51,7 @@ _REFUSED = {
 
 
 class _Turn(NamedTuple):
-    """A plan of a batch, its share of the loss, and what it learns from."""
+    """A plan of a step, its share of the loss, and what it learns from."""
 
     plan: AssemblyPlan
     share: float
@@ -61,16 +61,15 @@ class _Turn(NamedTuple):
 class ModularTrainer(CheckpointingTrainer):
     """Trains the modules of a bank; everything else of the bank is the teacher, frozen and without dropout.
 
-    Each step runs random plans in place of the original layers, one after the other, on the same examples or, with `spread_plans`, each on
-    some of its batches. At first every module reads the teacher's states of its side, and so learns by itself what its layers do; later
-    it reads what the modules below make of them. What an encoder puts out is read by all plans that a batch runs and that have it: it
-    runs and learns, and embeddings through it, in the one whose sides are most alike, with what is taught there.
+    Each step runs random plans in place of the original layers, one after the other. At first every module reads the teacher's states
+    of its side, and so learns by itself what its layers do; later it reads what the modules below make of them. What an encoder puts
+    out is read by all plans of a step that have it: it runs and learns, and embeddings through it, in the one whose sides are most alike,
+    with what is taught there.
 
     The loss of a plan is the weighted sum of the task's cross-entropy (`task_loss` in the log), the KL divergence from the teacher's
     predictions (`logit_loss`), the error of the hidden state at the end of every span whose module learns (`hidden_loss`) and, if asked
     for, that of the module's attention probabilities (`attention_loss`). All are means over the tokens of the whole step, however it is
-    cut into batches and processes; but of the encoder's states and attention a batch counts by its target tokens, and so does with
-    `spread_plans` a plan by those of its batches.
+    cut into batches and processes; but of the encoder's states and attention a batch counts by its target tokens.
 
     `evaluate` runs `eval_plans`: `eval_<plan>_loss` and metrics of each, and `eval_loss` and metrics that are means over the plans.
     `predict` runs the bank's own plan. Checkpoints hold the modules without the teacher, and appear whole or not at all;
@@ -155,7 +154,6 @@ class ModularTrainer(CheckpointingTrainer):
         # The losses here count tokens over the whole step, as those of models do that accept `num_items_in_batch`.
         self.model_accepts_loss_kwargs = True
         self._checked = False  # whether a batch was seen to fit
-        self._batch_of_step = 0  # the number of the next one
         self._evaluating = False
         self._running: tuple[DistributedDataParallel, RunningParameters] | None = None
         self._turn: _Turn | None = None  # while a step runs
@@ -262,21 +260,13 @@ class ModularTrainer(CheckpointingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is whole."""
+        self._checked = False
         with self._eager_attention() if self.args.attention_weight else nullcontext(), self._compiled_by_block():
             try:
                 output = super().train(*args, **kwargs)
                 return output._replace(training_loss=output.metrics["train_loss"])  # of all steps, also those before a restart
             finally:
                 self.bank.train()  # all of it, as a Trainer leaves a model
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._checked = False
-        return super()._inner_training_loop(*args, **kwargs)
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.get_batch_samples`: the batches of a step."""
-        self._batch_of_step = 0
-        return super().get_batch_samples(*args, **kwargs)
 
     @contextmanager
     def _compiled_by_block(self) -> Iterator[None]:
@@ -312,30 +302,19 @@ class ModularTrainer(CheckpointingTrainer):
                 config._attn_implementation = implementation
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-        """As `Trainer.training_step`, with every plan that the batch runs in turn; gradients add up."""
+        """As `Trainer.training_step`, with every plan of the step in turn; gradients add up."""
         inputs = self._prepare_inputs(inputs)
-        shares = self._next_shares()
+        plans = self.plans_of_step(self.state.global_step)
         loss: Any = 0.0
         try:
-            for number, turn in enumerate(self._turns(model, shares, inputs), start=1):
+            for number, turn in enumerate(self._turns(model, plans, inputs), start=1):
                 self._turn = turn
                 # Processes need not exchange gradients before the last plan.
-                with self.accelerator.no_sync(model) if number < len(shares) else nullcontext():
+                with self.accelerator.no_sync(model) if number < len(plans) else nullcontext():
                     loss = loss + super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._turn = None
         return loss
-
-    def _next_shares(self) -> list[tuple[AssemblyPlan, float]]:
-        """The plans that the next batch of a step runs, each with its share of the loss: all of the step's, or those spread to it."""
-        step = self.state.global_step
-        plans = self.plans_of_step(step)
-        if not self.args.spread_plans:
-            return [(plan, 1 / len(plans)) for plan in plans]
-        of_batches = spread(plans, self.current_gradient_accumulation_steps)
-        number, self._batch_of_step = self._batch_of_step, self._batch_of_step + 1
-        # In turn, for a step's batches may be sorted by length.
-        return of_batches[(number + step) % len(of_batches)]
 
     def compute_loss(
         self,
@@ -350,7 +329,7 @@ class ModularTrainer(CheckpointingTrainer):
             if self.label_smoother is not None and "labels" in inputs:  # which the Trainer will then not pass on
                 inputs = with_decoder_inputs(self.bank, inputs)
             return super().compute_loss(model, inputs, return_outputs)
-        turn = self._turn or self._turns(model, [(self.plans_of_step(self.state.global_step)[0], 1.0)], inputs)[0]
+        turn = self._turn or self._turns(model, self.plans_of_step(self.state.global_step)[:1], inputs)[0]
         plan, share = turn.plan, turn.share
         terms, outputs = turn.lesson.loss_terms(plan)
 
@@ -375,17 +354,17 @@ class ModularTrainer(CheckpointingTrainer):
             )
         return (loss, outputs) if return_outputs else loss
 
-    def _turns(self, model: nn.Module, shares: Sequence[tuple[AssemblyPlan, float]], inputs: Mapping[str, Any]) -> list[_Turn]:
+    def _turns(self, model: nn.Module, plans: Sequence[AssemblyPlan], inputs: Mapping[str, Any]) -> list[_Turn]:
         """Of plans that learn from the same examples, those first whose sides are most alike."""
         step = self.state.global_step
         if not self._checked:
             _check_batch(inputs, self.bank.config)
             self._checked = True
         if isinstance(model, DistributedDataParallel):
-            self._watch_running(model, self.plans_of_step(step))
+            self._watch_running(model, plans)
         fed = step < self.args.fed_ratio * self._steps()
-        lesson = Lesson(self.args, self.bank, model, [plan for plan, _ in shares], inputs, fed=fed)
-        return [_Turn(plan, share, lesson) for plan, share in sorted(shares, key=lambda share: difference_of_depths(share[0]))]
+        lesson = Lesson(self.args, self.bank, model, plans, inputs, fed=fed)
+        return [_Turn(plan, 1 / len(plans), lesson) for plan in sorted(plans, key=difference_of_depths)]
 
     def _watch_running(self, model: DistributedDataParallel, plans: Sequence[AssemblyPlan]) -> None:
         """Tell the averaging of gradients what runs in a step."""

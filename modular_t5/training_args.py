@@ -87,15 +87,8 @@ class ModularTrainingArguments(DistillationArguments):
     plans_per_step: int | None = field(
         default=None,
         metadata={
-            "help": "How many plans every step runs, one after the other; the loss is their mean. By default one for "
+            "help": "How many plans every step runs, one after the other on the same examples; the loss is their mean. By default one for "
             "each granularity of the side that has more, and as many again where both sides have modules."
-        },
-    )
-    spread_plans: bool = field(
-        default=False,
-        metadata={
-            "help": "Share the plans of a step out to its batches, of which there are gradient_accumulation_steps, in place of running all "
-            "of them on each: modules learn from more examples. A batch costs a pass of the teacher and one of each of its plans."
         },
     )
     plan_sampling: str = field(default="aligned", metadata={"help": f"How the plans of a step are drawn. {_choices(SAMPLINGS)}"})
@@ -158,10 +151,6 @@ class ModularTrainingArguments(DistillationArguments):
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)!r}")
         if self.plans_per_step is not None and (not is_integer(self.plans_per_step) or self.plans_per_step < 1):
             raise ValueError(f"plans_per_step must be an integer of at least 1, got {self.plans_per_step!r}")
-        if self.spread_plans and 1 in (self.gradient_accumulation_steps, self.plans_per_step):
-            raise ValueError(
-                "spread_plans does nothing in a step of one batch or plan; set gradient_accumulation_steps above 1, or leave it out"
-            )
         if self.teacher_fed_ratio is not None:
             check_finite("teacher_fed_ratio", self.teacher_fed_ratio)
             if not 0 <= self.teacher_fed_ratio <= 1:

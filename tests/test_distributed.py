@@ -108,7 +108,6 @@ def test_a_killed_process_stops_all_and_they_go_on_bit_for_bit(two, tmp_path):
         {CHECKPOINTING: True},  # where the Trainer itself would stop looking for unused parameters
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "train_head": True, "train_final_norms": True},
         {"plans_per_step": None, "plan_sampling": "aligned", "train_embeddings": True},
-        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "plans_per_step": 3, "spread_plans": True},
         # No loss reads the logits, which are all that DDP sees of a pass.
         {"task_weight": 0, "logit_weight": 0, "hidden_weight": 0, "attention_weight": 1, "train_final_norms": True},
     ],

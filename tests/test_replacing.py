@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from modular_t5 import AssemblyPlan, BankShape
-from modular_t5.replacing import CURRICULA, SAMPLINGS, SCHEDULES, draw_plans, spread
+from modular_t5 import BankShape
+from modular_t5.replacing import CURRICULA, SAMPLINGS, SCHEDULES, draw_plans
 
 
 GRANULARITIES = (2, 3, 4, 6)
@@ -183,25 +183,3 @@ def test_one_granularity_is_bert_of_theseus():
 def test_odds_that_are_none_are_refused(odds, message):
     with pytest.raises(ValueError, match=message):
         draw(0, odds=odds)
-
-
-@pytest.mark.parametrize("batches", range(1, 9))
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_plans_are_spread_over_the_batches_of_a_step(sampling, batches):
-    for count in range(1, 9):
-        plans = draw_all(count, step=count, sampling=sampling)
-        of_batches = spread(plans, batches)
-        assert len(of_batches) == batches
-        assert max(map(len, of_batches)) - min(map(len, of_batches)) <= 1
-        if batches <= count:
-            assert Counter(plan for batch in of_batches for plan, _ in batch) == Counter(plans)
-        weights = Counter()
-        for batch in of_batches:
-            for plan, share in batch:
-                weights[plan] += share / batches
-        assert weights == {plan: pytest.approx(number / count) for plan, number in Counter(plans).items()}
-
-
-def test_plans_of_one_encoder_are_neighbours():
-    plans = [AssemblyPlan.from_any(plan) for plan in ("3x2/6x1", "2x3/2x3", "3x2/3x2", "2x3/3x2")]
-    assert [{str(plan) for plan, _ in batch} for batch in spread(plans, 2)] == [{"2x3/2x3", "2x3/3x2"}, {"3x2/6x1", "3x2/3x2"}]

@@ -7,13 +7,11 @@ import math
 import re
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 
 import accelerate
 import pytest
 import torch
 from conftest import VOCAB_SIZE, make_teacher
-from datasets import Dataset
 from training import CHECKPOINTING, DEFAULTS, Noting, collate, logged, make_dataset, make_trainer
 from transformers import AutoTokenizer, EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -212,48 +210,6 @@ def test_a_step_in_parts_is_the_step(smoothing, dials, tmp_path):
     for whole, parts in zip(losses[:3], losses[3:], strict=True):
         assert whole == pytest.approx(parts, rel=1e-5)
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-
-
-def test_plans_spread_over_batches_learn_what_they_learn_of_one(tmp_path, monkeypatch):
-    """Where all examples are alike, and no two plans have the same encoder."""
-    logs, ran = [], plans_that_run(monkeypatch)
-    example = make_dataset(1)[0]
-    for changes in ({}, {"spread_plans": True, "gradient_accumulation_steps": 2}, {"spread_plans": True, "gradient_accumulation_steps": 4}):
-        trainer = make_trainer(
-            tmp_path,
-            bank=ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.0)),
-            trainer_arguments={"train_dataset": Dataset.from_list([example] * 96)},
-            **{**DEFAULTS, "plans_per_step": 3, "max_steps": 3, **changes},
-        )
-        trainer.train()
-        logs.append([logged(trainer, name) for name in ("loss", "hidden_loss", "logit_loss", "task_loss", "grad_norm")])
-        batches = changes.get("gradient_accumulation_steps", 1)
-        for step in range(3):
-            plans = sorted(map(str, trainer.plans_of_step(step)))
-            once = [ran.pop(0) for _ in range(max(3, batches) + batches)]
-            assert once.count("1x6/1x6") == batches
-            assert sorted({*once} - {"1x6/1x6"}) == plans
-        assert not ran
-    for spread in logs[1:]:
-        for whole, parts in zip(logs[0], spread, strict=True):
-            assert whole == pytest.approx(parts, rel=1e-4)
-
-
-@pytest.mark.parametrize("iterable", [False, True])
-def test_plans_are_spread_over_the_batches_that_there_are(iterable, tmp_path, monkeypatch):
-    """The data ends after 6 batches, in the middle of a step of 4, of which the Trainer makes a shorter one, or, where it does not know
-    how many there are, part of a longer one."""
-    data = make_dataset(48)
-    changes = {"train_dataset": data.to_iterable_dataset() if iterable else data}
-    dials = {**DEFAULTS, "plans_per_step": 4, "max_steps": 4, "spread_plans": True, "gradient_accumulation_steps": 4}
-    trainer = make_trainer(tmp_path, trainer_arguments=changes, **dials)
-    ran, at_ends = plans_that_run(monkeypatch), [0]
-    trainer.add_callback(Noting(lambda: at_ends.append(len(ran))))
-    trainer.train()
-    for step, (start, end) in enumerate(pairwise(at_ends)):
-        assert {*ran[start:end]} - {"1x6/1x6"} == {*map(str, trainer.plans_of_step(step))}
-    batches = [ran[start:end].count("1x6/1x6") for start, end in pairwise(at_ends)]
-    assert batches == ([4, 6, 6, 6] if iterable else [4, 2, 4, 2])
 
 
 def test_label_smoothing_changes_the_task_loss(tmp_path):
@@ -842,8 +798,6 @@ def test_a_loss_that_is_none_stops_with_what_broke(tmp_path):
         ({"plans_per_step": 0}, "plans_per_step must be an integer of at least 1, got 0"),
         ({"teacher_fed_ratio": 1.5}, "teacher_fed_ratio must be a number from 0 to 1, got 1.5"),
         ({"teacher_fed_ratio": 0.1, "hidden_weight": 0.0}, "teacher_fed_ratio=0.1: below the top"),
-        ({"spread_plans": True}, "spread_plans does nothing in a step of one batch or plan; set gradient_accumulation_steps above 1"),
-        ({"spread_plans": True, "gradient_accumulation_steps": 2, "plans_per_step": 1}, "spread_plans does nothing"),
         ({"plan_sampling": "all"}, "unknown plan_sampling 'all'; choose one of aligned, mixed"),
         ({"replacing_rate": 0.0}, "replacing_rate must be above 0 and at most 1, got 0.0"),
         ({"replacing_rate": 1.5}, "replacing_rate .* got 1.5"),
