@@ -26,6 +26,7 @@ class Lesson:
         args: which losses there are.
         bank: whose plans they are.
         model: what is called: the bank, or what distributed training wraps it in.
+        teacher: the plan of the original layers.
         plans: those that are to learn from it.
         inputs: the batch, with labels.
         fed: whether modules read the teacher's states in place of what the modules below make of them.
@@ -36,6 +37,7 @@ class Lesson:
         args: ModularTrainingArguments,
         bank: ModularT5ForConditionalGeneration,
         model: nn.Module,
+        teacher: AssemblyPlan,
         plans: Iterable[AssemblyPlan],
         inputs: Mapping[str, Any],
         *,
@@ -47,10 +49,10 @@ class Lesson:
         self._records: dict[str, SideRecord] = {}
         self._encoded: dict[tuple[int, ...], torch.Tensor] = {}  # by the spans of the encoder that put it out
         if args.logit_weight or args.hidden_weight or args.attention_weight:
-            self._run_teacher(plans)
+            self._run_teacher(teacher, plans)
 
-    def _run_teacher(self, plans: Iterable[AssemblyPlan]) -> None:
-        args, bank, teacher = self._args, self._bank, self._bank.shape.teacher
+    def _run_teacher(self, teacher: AssemblyPlan, plans: Iterable[AssemblyPlan]) -> None:
+        args, bank = self._args, self._bank
         ends = {side: {end for plan in plans for end in (*_module_ends(plan, side), *self._read(plan)[side])} for side in SIDES}
         bank.eval()
         with torch.no_grad(), recording(bank, teacher, ends, attention=bool(args.attention_weight)) as self._records:

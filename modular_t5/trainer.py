@@ -363,7 +363,7 @@ class ModularTrainer(CheckpointingTrainer):
         if isinstance(model, DistributedDataParallel):
             self._watch_running(model, plans)
         fed = step < self.args.fed_ratio * self._steps()
-        lesson = Lesson(self.args, self.bank, model, plans, inputs, fed=fed)
+        lesson = Lesson(self.args, self.bank, model, self._shape.teacher, plans, inputs, fed=fed)
         return [_Turn(plan, 1 / len(plans), lesson) for plan in sorted(plans, key=difference_of_depths)]
 
     def _watch_running(self, model: DistributedDataParallel, plans: Sequence[AssemblyPlan]) -> None:
