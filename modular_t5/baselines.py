@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,16 +11,22 @@ from transformers import Seq2SeqTrainer, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerFF
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan
-from .distillation import Taught, hidden_state_loss, prediction_losses, weighed
+from .distillation import Taught, attention_loss, hidden_state_loss, mean, prediction_losses, weighed
+from .recording import eager_attention, stop_attention_dropout
 from .training_args import DistillationArguments
+
+
+# What a T5 puts out of each side's attention.
+ATTENTIONS = {"encoder": ("encoder_attentions",), "decoder": ("decoder_attentions", "cross_attentions")}
 
 
 class DistillationTrainer(Seq2SeqTrainer):
     """Trains a stock T5, all of it, from labels and, if there is one, from a deeper T5.
 
-    The loss is the weighted sum of the task's cross-entropy, of the KL divergence from the teacher's predictions, and of the error of
-    the hidden state after every block, compared with the teacher's where the block's span ends; at the top of a stack after its final norm.
-    The terms are those of `ModularTrainer`. Without teacher, the first alone: fine-tuning.
+    The loss is the weighted sum of the task's cross-entropy, of the KL divergence from the teacher's predictions, of the error of
+    the hidden state after every block, compared with the teacher's where the block's span ends; at the top of a stack after its final norm;
+    and of the attention probabilities of every block, compared with those of the last layer of its span. The terms are those of
+    `ModularTrainer`. Without teacher, the first alone: fine-tuning.
 
     Sources: Sanh et al., "DistilBERT", arXiv 1910.01108; Shleifer, Rush, "Pre-trained Summarization Distillation", arXiv 2010.13002, who
     find hidden states of an encoder-decoder to help where the student's layers are the teacher's.
@@ -42,12 +48,17 @@ class DistillationTrainer(Seq2SeqTrainer):
         super().__init__(model, args, **kwargs)
         if teacher is not None and plan is None:
             raise ValueError("a teacher's hidden states are compared where the plan says; pass it")
-        if teacher is None and (args.logit_weight or args.hidden_weight):
-            raise ValueError("logit_weight and hidden_weight do nothing without a teacher; pass one, or set them to 0")
+        if teacher is None and args.learns_from_teacher:
+            raise ValueError("logit_weight, hidden_weight and attention_weight do nothing without a teacher; pass one, or set them to 0")
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
         self.plan = plan
         # Every loss here is a mean over the tokens of a batch; the Trainer is to average over batches.
         self.model_accepts_loss_kwargs = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`."""
+        with eager_attention(self.model, self.teacher) if self.args.attention_weight else nullcontext():
+            return super().train(*args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
@@ -59,7 +70,9 @@ class DistillationTrainer(Seq2SeqTrainer):
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         passed = {name: value for name, value in inputs.items() if name != "labels"}
         passed.setdefault("decoder_input_ids", self.model.prepare_decoder_input_ids_from_labels(labels))
-        passed |= {"use_cache": False, "output_hidden_states": args.hidden_weight > 0}
+        passed |= {"use_cache": False, "output_hidden_states": args.hidden_weight > 0, "output_attentions": args.attention_weight > 0}
+        if args.attention_weight:
+            stop_attention_dropout(model)
         outputs = model(**passed)
         predictions = taught = None
         if self.teacher is not None:
@@ -67,17 +80,27 @@ class DistillationTrainer(Seq2SeqTrainer):
                 taught = self.teacher(**passed)
             predictions = Taught.of(taught.logits, args.temperature) if args.logit_weight else None
         terms = prediction_losses(args, outputs.logits, labels, predictions)
+        masks = {"encoder": inputs["attention_mask"].bool(), "decoder": labels != -100}
         if args.hidden_weight:
-            masks = {"encoder": inputs["attention_mask"].bool(), "decoder": labels != -100}
-            of_blocks = [
-                hidden_state_loss(ours[number + 1], its[start + span], masks[side])
+            terms["hidden_loss"] = mean(
+                hidden_state_loss(outputs[kind][block + 1], taught[kind][end], masks[side])
                 for side in SIDES
-                for ours, its in [(outputs[f"{side}_hidden_states"], taught[f"{side}_hidden_states"])]
-                for number, (start, span) in enumerate(self.plan.blocks(side))
-            ]
-            terms["hidden_loss"] = torch.stack(of_blocks).mean()
+                for kind in [f"{side}_hidden_states"]
+                for block, end in self._ends(side)
+            )
+        if args.attention_weight:
+            terms["attention_loss"] = mean(
+                attention_loss(outputs[kind][block], taught[kind][end - 1], masks[side])
+                for side in SIDES
+                for kind in ATTENTIONS[side]
+                for block, end in self._ends(side)
+            )
         loss = weighed(args, terms)
         return (loss, outputs) if return_outputs else loss
+
+    def _ends(self, side: str) -> Iterator[tuple[int, int]]:
+        """Of every block of a side, its number from 0 and how many of the teacher's layers end with it."""
+        return ((block, start + span) for block, (start, span) in enumerate(self.plan.blocks(side)))
 
 
 class LayerDropTrainer(Seq2SeqTrainer):

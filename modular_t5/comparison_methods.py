@@ -222,8 +222,7 @@ def _layers_dropped(workshop: Workshop, run: Run) -> Outcome:
 def _distilled(workshop: Workshop, run: Run) -> Outcome:
     (plan,) = run.plans
     student, arguments = workshop.bank_for(plan).assemble(plan), workshop.arguments_of(run)
-    learns = arguments.logit_weight or arguments.hidden_weight
-    taught = {"teacher": workshop.teacher, "plan": plan} if learns else {}
+    taught = {"teacher": workshop.teacher, "plan": plan} if arguments.learns_from_teacher else {}
     return {plan: student}, workshop.train(DistillationTrainer, student, run, **taught)
 
 

@@ -5,7 +5,7 @@ padding never does. Where the vocabulary is large beside the model, these terms 
 students of one teacher, have in common is an argument.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,11 @@ def prediction_losses(
     if args.logit_weight and taught is not None:
         terms["logit_loss"] = logit_loss(logs[args.temperature], taught, labels_BT != -100, args.temperature)
     return terms
+
+
+def mean(terms: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Of terms of equal weight."""
+    return torch.stack(list(terms)).mean()
 
 
 def weighed(args: DistillationArguments, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
-from transformers.models.t5.modeling_t5 import T5Attention
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan
-from .distillation import Taught, attention_loss, hidden_state_loss, prediction_losses
+from .distillation import Taught, attention_loss, hidden_state_loss, mean, prediction_losses
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
-from .recording import Replay, SideRecord, recording
+from .recording import Replay, SideRecord, recording, stop_attention_dropout
 from .training_args import ModularTrainingArguments
 
 
@@ -48,7 +47,7 @@ class Lesson:
         self._predictions: Taught | None = None
         self._records: dict[str, SideRecord] = {}
         self._encoded: dict[tuple[int, ...], torch.Tensor] = {}  # by the spans of the encoder that put it out
-        if args.logit_weight or args.hidden_weight or args.attention_weight:
+        if args.learns_from_teacher:
             self._run_teacher(teacher, plans)
 
     def _run_teacher(self, teacher: AssemblyPlan, plans: Iterable[AssemblyPlan]) -> None:
@@ -86,14 +85,12 @@ class Lesson:
         masks = {"encoder": _source_mask(self._inputs, outputs), "decoder": self._labels != -100}
         spans = [(records[side], taught[side], end, masks[side]) for side in taught for end in ends[side]]
         if args.hidden_weight:
-            terms["hidden_loss"] = _mean([hidden_state_loss(ours.state(end), its.state(end), mask) for ours, its, end, mask in spans])
+            terms["hidden_loss"] = mean(hidden_state_loss(ours.state(end), its.state(end), mask) for ours, its, end, mask in spans)
         if args.attention_weight:
-            terms["attention_loss"] = _mean(
-                [
-                    attention_loss(our_map, its_map, mask)
-                    for ours, its, end, mask in spans
-                    for our_map, its_map in zip(ours.attention[end], its.attention[end], strict=True)
-                ]
+            terms["attention_loss"] = mean(
+                attention_loss(our_map, its_map, mask)
+                for ours, its, end, mask in spans
+                for our_map, its_map in zip(ours.attention[end], its.attention[end], strict=True)
             )
         return terms, outputs
 
@@ -125,9 +122,7 @@ class Lesson:
                     continue
                 block.train()
                 if self._args.attention_weight:
-                    for module in block.modules():
-                        if isinstance(module, T5Attention):
-                            module.training = False  # probabilities with holes would not be comparable
+                    stop_attention_dropout(block)
 
 
 def with_decoder_inputs(bank: ModularT5ForConditionalGeneration, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,10 +167,6 @@ def _seen_by_ddp(model: nn.Module, records: Mapping[str, SideRecord]) -> Iterato
 def _module_ends(plan: AssemblyPlan, side: str) -> set[int]:
     """After how many original layers a module of the plan ends."""
     return {start + span for start, span in plan.blocks(side) if span > 1}
-
-
-def _mean(terms: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(terms).mean()
 
 
 def _source_mask(inputs: Mapping[str, Any], outputs: Seq2SeqLMOutput) -> torch.Tensor:

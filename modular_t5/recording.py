@@ -119,6 +119,27 @@ def recording(
         yield records
 
 
+@contextmanager
+def eager_attention(*models: nn.Module) -> Iterator[None]:
+    """Within it, T5s run the implementation of attention that hands out its probabilities."""
+    configs = [getattr(model, side).config for model in models for side in SIDES]
+    former = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, implementation in zip(configs, former, strict=True):
+            config._attn_implementation = implementation
+
+
+def stop_attention_dropout(module: nn.Module) -> None:
+    """Until `train` is called again: probabilities with holes would not be comparable."""
+    for each in module.modules():
+        if isinstance(each, T5Attention):
+            each.training = False
+
+
 def _keep_attention(block: nn.Module, kept: list[torch.Tensor]) -> Iterator[Any]:
     def keep(module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
         assert output[-1] is not None, "attention probabilities were asked of an implementation that has none"

@@ -30,6 +30,7 @@ from .layout_modular_t5 import own_part_of, running_own_parts
 from .lessons import Lesson, difference_of_depths, with_decoder_inputs
 from .model_card import bank_card, measured_in
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
+from .recording import eager_attention
 from .reducing import RunningParameters, trained_ids, watch_running
 from .replacing import CURRICULA, Odds, draw_plans
 from .training_args import LOSS_WEIGHTS, ModularTrainingArguments
@@ -261,7 +262,11 @@ class ModularTrainer(CheckpointingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is whole."""
         self._checked = False
-        with self._eager_attention() if self.args.attention_weight else nullcontext(), self._compiled_by_block():
+        if self.args.attention_weight:
+            logger.warning(
+                "attention_weight is not 0: attention runs in eager mode during training, for other modes hide its probabilities"
+            )
+        with eager_attention(self.bank) if self.args.attention_weight else nullcontext(), self._compiled_by_block():
             try:
                 output = super().train(*args, **kwargs)
                 return output._replace(training_loss=output.metrics["train_loss"])  # of all steps, also those before a restart
@@ -287,19 +292,6 @@ class ModularTrainer(CheckpointingTrainer):
             plugin.backend = backend
             for block in blocks:
                 block._compiled_call_impl = None
-
-    @contextmanager
-    def _eager_attention(self) -> Iterator[None]:
-        logger.warning("attention_weight is not 0: attention runs in eager mode during training, for other modes hide its probabilities")
-        configs = [getattr(self.bank, side).config for side in SIDES]
-        former = [config._attn_implementation for config in configs]
-        for config in configs:
-            config._attn_implementation = "eager"
-        try:
-            yield
-        finally:
-            for config, implementation in zip(configs, former, strict=True):
-                config._attn_implementation = implementation
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
         """As `Trainer.training_step`, with every plan of the step in turn; gradients add up."""

@@ -33,11 +33,18 @@ class DistillationArguments(Seq2SeqTrainingArguments):
     hidden_weight: float = field(
         default=1.0, metadata={"help": "Weight of the relative squared error of hidden states where modules, or a student's blocks, end."}
     )
+    attention_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the squared error of attention probabilities, those of every module, or of a student's blocks. Above 0, "
+            "attention runs in eager mode, and what learns has no dropout of its own there."
+        },
+    )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL divergence; above 0."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = {name: getattr(self, name) for name in LOSS_WEIGHTS if hasattr(self, name)}
+        weights = {name: getattr(self, name) for name in LOSS_WEIGHTS}
         for name, value in {**weights, "temperature": self.temperature}.items():
             check_finite(name, value)
         if self.temperature <= 0:
@@ -53,6 +60,11 @@ class DistillationArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor!r} trains nothing without the task's loss; set task_weight above 0"
             )
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Whether a loss that compares with a teacher has a weight."""
+        return bool(self.logit_weight or self.hidden_weight or self.attention_weight)
 
     @property
     def temperatures(self) -> set[float]:
@@ -101,13 +113,6 @@ class ModularTrainingArguments(DistillationArguments):
     )
     curriculum: str = field(
         default="uniform", metadata={"help": f"How the odds of the granularities move during training. {_choices(CURRICULA)}"}
-    )
-    attention_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of the squared error of every module's attention probabilities. Above 0, attention runs in eager mode, "
-            "and in the modules without dropout of its own, also with module_dropout."
-        },
     )
     module_dropout: bool = field(
         default=False,

@@ -10,8 +10,10 @@ from training import collate, make_dataset, make_trainer
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block
 
+import modular_t5.baselines
 from modular_t5 import AssemblyPlan
 from modular_t5.baselines import DistillationTrainer, LayerDropTrainer, layers_left_out, set_dropout
+from modular_t5.recording import eager_attention
 from modular_t5.training_args import DistillationArguments
 
 
@@ -37,14 +39,30 @@ def dropping(folder, model, drop_rate, **changes):
 def test_its_loss_is_that_of_a_bank_that_runs_the_same_size(tmp_path, monkeypatch):
     bank = make_bank(granularities={"encoder": [2], "decoder": [3]}, dropout_rate=0.0)
     student, batch = bank.assemble(PLAN), collate(list(make_dataset(8)))
-    weights = {"task_weight": 0.5, "logit_weight": 2.0, "hidden_weight": 3.0, "temperature": 2.0, "label_smoothing_factor": 0.1}
+    weights = {"task_weight": 0.5, "logit_weight": 2.0, "hidden_weight": 3.0, "attention_weight": 4.0}
+    weights |= {"temperature": 2.0, "label_smoothing_factor": 0.1}
     teacher = bank.assemble("1x6/1x6")
     trainer = distilling(tmp_path, teacher, student, **weights)
     modular = make_trainer(tmp_path, bank=bank, teacher_fed_ratio=0.0, **weights)
     monkeypatch.setattr(modular, "plans_of_step", lambda step: (PLAN,))
     student.train()
     bank.train()
-    torch.testing.assert_close(trainer.compute_loss(student, batch), modular.compute_loss(bank, batch))
+    with eager_attention(teacher, student, bank):
+        torch.testing.assert_close(trainer.compute_loss(student, batch), modular.compute_loss(bank, batch))
+
+
+def test_attention_maps_of_the_student_are_compared_without_dropout(tmp_path, monkeypatch):
+    bank, seen = make_bank(dropout_rate=0.9), []
+
+    def note(student, teacher, mask):
+        seen.append(student)
+        return (student - teacher).sum()
+
+    monkeypatch.setattr(modular_t5.baselines, "attention_loss", note)
+    distilling(tmp_path, bank.assemble("1x6/1x6"), bank.assemble(PLAN), attention_weight=1.0, max_steps=1).train()
+    assert len(seen) == 3 + 2 * 2  # the encoder's own; the decoder's own and across
+    for maps in seen:
+        assert torch.allclose(maps.sum(-1), torch.ones(()))
 
 
 def test_it_trains_all_of_the_student_and_nothing_of_the_teacher(tmp_path):

@@ -20,6 +20,7 @@ import modular_t5.lessons
 from modular_t5 import ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
 from modular_t5.layout_modular_t5 import own_part_of
 from modular_t5.lessons import Lesson
+from modular_t5.recording import eager_attention
 
 
 @contextmanager
@@ -504,7 +505,7 @@ def test_attention_maps_are_compared_without_dropout(tmp_path, monkeypatch):
 
     monkeypatch.setattr(modular_t5.lessons, "attention_loss", note)
     monkeypatch.setattr(trainer, "plans_of_step", lambda step: (plan,))
-    with trainer._eager_attention():
+    with eager_attention(bank):
         bank.train()
         trainer.compute_loss(bank, collate(list(make_dataset(8))))
     for maps in seen:
