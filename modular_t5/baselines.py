@@ -11,7 +11,7 @@ from transformers import Seq2SeqTrainer, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerFF
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan
-from .distillation import Taught, attention_loss, hidden_state_loss, mean, prediction_losses, weighed
+from .distillation import Taught, attention_loss, hidden_state_loss, mean_of, prediction_losses, weighed
 from .recording import eager_attention, stop_attention_dropout
 from .training_args import DistillationArguments
 
@@ -82,25 +82,28 @@ class DistillationTrainer(Seq2SeqTrainer):
         terms = prediction_losses(args, outputs.logits, labels, predictions)
         masks = {"encoder": inputs["attention_mask"].bool(), "decoder": labels != -100}
         if args.hidden_weight:
-            terms["hidden_loss"] = mean(
+            states = (
                 hidden_state_loss(outputs[kind][block + 1], taught[kind][end], masks[side])
                 for side in SIDES
                 for kind in [f"{side}_hidden_states"]
-                for block, end in self._ends(side)
+                for block, _, end in self._spans(side)
             )
+            terms["hidden_loss"] = mean_of(states, outputs)
         if args.attention_weight:
-            terms["attention_loss"] = mean(
+            maps = (
                 attention_loss(outputs[kind][block], taught[kind][end - 1], masks[side])
                 for side in SIDES
                 for kind in ATTENTIONS[side]
-                for block, end in self._ends(side)
+                for block, span, end in self._spans(side)
+                if span >= args.attention_min_span
             )
+            terms["attention_loss"] = mean_of(maps, outputs)
         loss = weighed(args, terms)
         return (loss, outputs) if return_outputs else loss
 
-    def _ends(self, side: str) -> Iterator[tuple[int, int]]:
-        """Of every block of a side, its number from 0 and how many of the teacher's layers end with it."""
-        return ((block, start + span) for block, (start, span) in enumerate(self.plan.blocks(side)))
+    def _spans(self, side: str) -> Iterator[tuple[int, int, int]]:
+        """Of every block of a side, its number from 0, how many of the teacher's layers it stands for, and after how many it ends."""
+        return ((block, span, start + span) for block, (start, span) in enumerate(self.plan.blocks(side)))
 
 
 class LayerDropTrainer(Seq2SeqTrainer):

@@ -28,6 +28,7 @@ from .comparison_methods import ABLATIONS, METHODS, ROWS, Run, Spent, Workshop, 
 from .comparison_results import plot, scored, tables
 from .frontier import environment, figure_class, generate_texts, measure_speed, write_json
 from .pairs import Pairs, sacrebleu
+from .training_args import ModularTrainingArguments
 
 
 DECODINGS = {"greedy": 1, "beam 4": 4}  # name -> num_beams
@@ -36,6 +37,11 @@ DECODINGS = {"greedy": 1, "beam 4": 4}  # name -> num_beams
 SETTINGS_FILE, RUN_FILE = "settings.json", "run.json"
 TEACHER_FILES, RESULTS_FILE = {"train": "teacher-beams.json", "test": "teacher-texts.json"}, "results.json"
 TABLE_FILE, PICTURE_FILE = "table.md", "picture.png"
+
+# A row that says what is so anyway is no row of its own.
+_MODULAR_DEFAULTS = {
+    field.name: field.default for field in dataclasses.fields(ModularTrainingArguments) if isinstance(field.default, str | float | int)
+}
 
 # Of the package, what the outcome of a run does not depend on.
 _ELSEWHERE = ("cli.py", "model_card.py", "rebuilding.py", "comparison_results.py", "significance.py")
@@ -218,7 +224,7 @@ class Comparison:
         """Our method and what it is without one thing or the other; but those that make no size, or the same as one before."""
         rows: dict[str, str] = {}
         for name in ("modular", *ABLATIONS):
-            arguments = arguments_of(name, self.args.method_arguments)
+            arguments = {**_MODULAR_DEFAULTS, **arguments_of(name, self.args.method_arguments)}
             granularities = self.workshop.granularities_of(arguments)
             if self._plans_with(granularities):
                 rows.setdefault(json.dumps([str(ROWS[name].models), {**arguments, "granularities": granularities}], sort_keys=True), name)

@@ -338,7 +338,10 @@ ABLATIONS: dict[str, Method] = {
     "modular, no hidden states": _modular_but(
         "without the loss of hidden states, and so never fed", hidden_weight=0.0, teacher_fed_ratio=0.0
     ),
-    "modular, attention": _modular_but("with the loss of attention probabilities", attention_weight=1.0),
+    "modular, no attention": _modular_but("without the loss of attention probabilities", attention_weight=0.0, attention_min_span=1),
+    "modular, attention": _modular_but("with the loss of all modules' attention probabilities", attention_weight=1.0, attention_min_span=1),
+    "modular, own embeddings": _modular_but("with embeddings of the bank's own", train_embeddings=True),
+    "modular, teacher's embeddings": _modular_but("with the teacher's embeddings", train_embeddings=False),
     "modular, finest alone": _modular_but("the finest granularity alone", granularities="finest"),
     "modular, coarsest alone": _modular_but("the coarsest granularity alone", granularities="coarsest"),
     "modular, without coarsest": _modular_but("all granularities but the coarsest", granularities="without coarsest"),

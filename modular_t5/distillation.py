@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.functional import log_softmax
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from .training_args import DistillationArguments
 
@@ -45,9 +46,10 @@ def prediction_losses(
     return terms
 
 
-def mean(terms: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Of terms of equal weight."""
-    return torch.stack(list(terms)).mean()
+def mean_of(terms: Iterable[torch.Tensor], outputs: Seq2SeqLMOutput) -> torch.Tensor:
+    """Of terms of equal weight that a model's outputs leave; 0 if there are none."""
+    terms = list(terms)
+    return torch.stack(terms).mean() if terms else torch.zeros((), device=outputs.logits.device)
 
 
 def weighed(args: DistillationArguments, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:

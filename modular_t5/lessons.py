@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan
-from .distillation import Taught, attention_loss, hidden_state_loss, mean, prediction_losses
+from .distillation import Taught, attention_loss, hidden_state_loss, mean_of, prediction_losses
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .recording import Replay, SideRecord, recording, stop_attention_dropout
 from .training_args import ModularTrainingArguments
@@ -52,7 +52,7 @@ class Lesson:
 
     def _run_teacher(self, teacher: AssemblyPlan, plans: Iterable[AssemblyPlan]) -> None:
         args, bank = self._args, self._bank
-        ends = {side: {end for plan in plans for end in (*_module_ends(plan, side), *self._read(plan)[side])} for side in SIDES}
+        ends = {side: {end for plan in plans for end in (*_modules(plan, side), *self._read(plan)[side])} for side in SIDES}
         bank.eval()
         with torch.no_grad(), recording(bank, teacher, ends, attention=bool(args.attention_weight)) as self._records:
             outputs = self._model(**self._inputs)
@@ -64,7 +64,7 @@ class Lesson:
     def loss_terms(self, plan: AssemblyPlan) -> tuple[dict[str, torch.Tensor], Seq2SeqLMOutput]:
         """Run a plan: every term that has a weight, by its name in the log, and what the plan put out."""
         args, bank, taught = self._args, self._bank, self._records
-        ends = {side: _module_ends(plan, side) for side in SIDES}
+        ends = {side: _modules(plan, side) for side in SIDES}
         replays, reused = {}, {}
         if taught:
             replays = {
@@ -72,7 +72,7 @@ class Lesson:
             }
             if plan.encoder in self._encoded and ends["decoder"]:
                 reused["encoder_outputs"] = BaseModelOutput(self._encoded[plan.encoder])
-                ends["encoder"] = set()
+                ends["encoder"] = {}
         bank.eval()
         self._set_training_modes(plan)
         watched = recording(bank, plan, ends, replays=replays, attention=bool(args.attention_weight))
@@ -83,15 +83,18 @@ class Lesson:
 
         terms = prediction_losses(args, outputs.logits, self._labels, self._predictions)
         masks = {"encoder": _source_mask(self._inputs, outputs), "decoder": self._labels != -100}
-        spans = [(records[side], taught[side], end, masks[side]) for side in taught for end in ends[side]]
+        compared = [(records[side], taught[side], end, span, masks[side]) for side in taught for end, span in ends[side].items()]
         if args.hidden_weight:
-            terms["hidden_loss"] = mean(hidden_state_loss(ours.state(end), its.state(end), mask) for ours, its, end, mask in spans)
+            states = (hidden_state_loss(ours.state(end), its.state(end), mask) for ours, its, end, _, mask in compared)
+            terms["hidden_loss"] = mean_of(states, outputs)
         if args.attention_weight:
-            terms["attention_loss"] = mean(
+            maps = (
                 attention_loss(our_map, its_map, mask)
-                for ours, its, end, mask in spans
+                for ours, its, end, span, mask in compared
+                if span >= args.attention_min_span
                 for our_map, its_map in zip(ours.attention[end], its.attention[end], strict=True)
             )
+            terms["attention_loss"] = mean_of(maps, outputs)
         return terms, outputs
 
     @property
@@ -164,9 +167,9 @@ def _seen_by_ddp(model: nn.Module, records: Mapping[str, SideRecord]) -> Iterato
         handle.remove()
 
 
-def _module_ends(plan: AssemblyPlan, side: str) -> set[int]:
-    """After how many original layers a module of the plan ends."""
-    return {start + span for start, span in plan.blocks(side) if span > 1}
+def _modules(plan: AssemblyPlan, side: str) -> dict[int, int]:
+    """Of the modules of a plan, by after how many original layers one ends, how many it stands for."""
+    return {start + span: span for start, span in plan.blocks(side) if span > 1}
 
 
 def _source_mask(inputs: Mapping[str, Any], outputs: Seq2SeqLMOutput) -> torch.Tensor:

@@ -131,6 +131,11 @@ class ModularTrainer(CheckpointingTrainer):
             raise ValueError(f"two curricula are given, the function {curriculum!r} and args.curriculum={args.curriculum!r}; leave one out")
         for progress in (0.0, 0.5, 1.0):  # a curriculum that does not work had better fail here
             self._draw_plans(args, 0, progress)
+        coarsest = max(max(of_side, default=0) for of_side in self._shape.granularities.values())
+        if args.attention_min_span > coarsest:
+            raise ValueError(
+                f"attention_min_span={args.attention_min_span}: no module of the bank stands for more than {coarsest} layers; lower it"
+            )
         uses_cache = model.config.use_cache
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         model.config.use_cache = uses_cache  # the Trainer turns it off, for good, and for what is assembled too

@@ -36,10 +36,11 @@ def dropping(folder, model, drop_rate, **changes):
     )
 
 
-def test_its_loss_is_that_of_a_bank_that_runs_the_same_size(tmp_path, monkeypatch):
+@pytest.mark.parametrize("span", [1, 3])
+def test_its_loss_is_that_of_a_bank_that_runs_the_same_size(span, tmp_path, monkeypatch):
     bank = make_bank(granularities={"encoder": [2], "decoder": [3]}, dropout_rate=0.0)
     student, batch = bank.assemble(PLAN), collate(list(make_dataset(8)))
-    weights = {"task_weight": 0.5, "logit_weight": 2.0, "hidden_weight": 3.0, "attention_weight": 4.0}
+    weights = {"task_weight": 0.5, "logit_weight": 2.0, "hidden_weight": 3.0, "attention_weight": 4.0, "attention_min_span": span}
     weights |= {"temperature": 2.0, "label_smoothing_factor": 0.1}
     teacher = bank.assemble("1x6/1x6")
     trainer = distilling(tmp_path, teacher, student, **weights)
@@ -49,6 +50,17 @@ def test_its_loss_is_that_of_a_bank_that_runs_the_same_size(tmp_path, monkeypatc
     bank.train()
     with eager_attention(teacher, student, bank):
         torch.testing.assert_close(trainer.compute_loss(student, batch), modular.compute_loss(bank, batch))
+
+
+@pytest.mark.parametrize(("span", "compared"), [(1, 3 + 2 * 2), (3, 2 * 2), (4, 0)])
+def test_attention_is_compared_of_blocks_that_stand_for_enough_layers(span, compared, tmp_path, monkeypatch):
+    bank, seen = make_bank(), []
+    monkeypatch.setattr(modular_t5.baselines, "attention_loss", lambda *maps: seen.append(maps) or maps[0].sum())
+    trainer = distilling(
+        tmp_path, bank.assemble("1x6/1x6"), bank.assemble(PLAN), attention_weight=1.0, attention_min_span=span, max_steps=1
+    )
+    trainer.train()
+    assert len(seen) == compared
 
 
 def test_attention_maps_of_the_student_are_compared_without_dropout(tmp_path, monkeypatch):
