@@ -234,7 +234,7 @@ def test_variations_start_from_the_arguments_that_are_given(given):
     found = {run.method: run.arguments for run in every.runs}
     assert found["modular, never fed"]["learning_rate"] == 0.5
     assert found["modular, no hidden states"]["hidden_weight"] == 0
-    assert found["modular, attention"] == {**arguments["modular"], "learning_rate": 0.25, "attention_weight": 1.0}
+    assert found["modular, attention"] == {**arguments["modular"], "learning_rate": 0.25, "attention_weight": 1.0, "attention_min_span": 1}
 
 
 def test_beams_of_another_teacher_are_not_taken(given):
