@@ -52,9 +52,10 @@ class Lesson:
 
     def _run_teacher(self, teacher: AssemblyPlan, plans: Iterable[AssemblyPlan]) -> None:
         args, bank = self._args, self._bank
-        ends = {side: {end for plan in plans for end in (*_modules(plan, side), *self._read(plan)[side])} for side in SIDES}
+        ends = {side: {end for plan in plans for end in (*_module_ends(plan, side), *self._read(plan)[side])} for side in SIDES}
+        attended = {side: {end for plan in plans for end in self._attended(plan, side)} for side in SIDES}
         bank.eval()
-        with torch.no_grad(), recording(bank, teacher, ends, attention=bool(args.attention_weight)) as self._records:
+        with torch.no_grad(), recording(bank, teacher, ends, attention=attended) as self._records:
             outputs = self._model(**self._inputs)
             if args.logit_weight:
                 self._predictions = Taught.of(outputs.logits, args.temperature)
@@ -64,7 +65,7 @@ class Lesson:
     def loss_terms(self, plan: AssemblyPlan) -> tuple[dict[str, torch.Tensor], Seq2SeqLMOutput]:
         """Run a plan: every term that has a weight, by its name in the log, and what the plan put out."""
         args, bank, taught = self._args, self._bank, self._records
-        ends = {side: _modules(plan, side) for side in SIDES}
+        ends = {side: _module_ends(plan, side) for side in SIDES}
         replays, reused = {}, {}
         if taught:
             replays = {
@@ -72,10 +73,11 @@ class Lesson:
             }
             if plan.encoder in self._encoded and ends["decoder"]:
                 reused["encoder_outputs"] = BaseModelOutput(self._encoded[plan.encoder])
-                ends["encoder"] = {}
+                ends["encoder"] = set()
         bank.eval()
         self._set_training_modes(plan)
-        watched = recording(bank, plan, ends, replays=replays, attention=bool(args.attention_weight))
+        attended = {side: ends[side] & self._attended(plan, side) for side in SIDES}
+        watched = recording(bank, plan, ends, replays=replays, attention=attended)
         with watched as records, _seen_by_ddp(self._model, records):
             outputs = self._model(**self._inputs, **reused)
         if taught:
@@ -83,15 +85,15 @@ class Lesson:
 
         terms = prediction_losses(args, outputs.logits, self._labels, self._predictions)
         masks = {"encoder": _source_mask(self._inputs, outputs), "decoder": self._labels != -100}
-        compared = [(records[side], taught[side], end, span, masks[side]) for side in taught for end, span in ends[side].items()]
+        sides = [(side, records[side], taught[side], masks[side]) for side in taught]
         if args.hidden_weight:
-            states = (hidden_state_loss(ours.state(end), its.state(end), mask) for ours, its, end, _, mask in compared)
+            states = (hidden_state_loss(ours.state(end), its.state(end), mask) for side, ours, its, mask in sides for end in ends[side])
             terms["hidden_loss"] = mean_of(states, outputs)
         if args.attention_weight:
             maps = (
                 attention_loss(our_map, its_map, mask)
-                for ours, its, end, span, mask in compared
-                if span >= args.attention_min_span
+                for side, ours, its, mask in sides
+                for end in attended[side]
                 for our_map, its_map in zip(ours.attention[end], its.attention[end], strict=True)
             )
             terms["attention_loss"] = mean_of(maps, outputs)
@@ -101,6 +103,10 @@ class Lesson:
     def _has_teachers_embeddings(self) -> bool:
         """Whether plans with modules do too; with others, they differ from the teacher from the bottom on."""
         return "embeddings" not in self._bank.config.own_parts
+
+    def _attended(self, plan: AssemblyPlan, side: str) -> set[int]:
+        """After how many original layers a module ends that learns from attention."""
+        return _module_ends(plan, side, self._args.attention_min_span) if self._args.attention_weight else set()
 
     def _read(self, plan: AssemblyPlan) -> dict[str, list[int]]:
         """After how many layers of each side the teacher's states stand in for the plan's own.
@@ -167,9 +173,9 @@ def _seen_by_ddp(model: nn.Module, records: Mapping[str, SideRecord]) -> Iterato
         handle.remove()
 
 
-def _modules(plan: AssemblyPlan, side: str) -> dict[int, int]:
-    """Of the modules of a plan, by after how many original layers one ends, how many it stands for."""
-    return {start + span: span for start, span in plan.blocks(side) if span > 1}
+def _module_ends(plan: AssemblyPlan, side: str, min_span: int = 2) -> set[int]:
+    """After how many original layers a module of the plan ends that stands for at least so many."""
+    return {start + span for start, span in plan.blocks(side) if span > 1 and span >= min_span}
 
 
 def _source_mask(inputs: Mapping[str, Any], outputs: Seq2SeqLMOutput) -> torch.Tensor:

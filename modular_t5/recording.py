@@ -73,7 +73,7 @@ def recording(
     ends: Mapping[str, Iterable[int]],
     *,
     replays: Mapping[str, Mapping[int, Replay]] | None = None,
-    attention: bool = False,
+    attention: Mapping[str, Iterable[int]] | None = None,
 ) -> Iterator[dict[str, SideRecord]]:
     """`with recording(bank, plan, ends) as record: bank(...)` runs a plan and fills `record[side]`.
 
@@ -84,8 +84,8 @@ def recording(
         ends: of each side, after how many original layers to record; where a block of the plan ends.
         replays: of a side, by number of original layers passed, what the block that starts there reads, in place of what is below it. Where
             nothing below is recorded, it does not run.
-        attention: record attention probabilities too, self first, then cross. They exist in eager attention only, which both stacks
-            must be set to.
+        attention: at which of the ends to record attention probabilities too, self first, then cross. They exist in eager attention only,
+            which both stacks must be set to.
     """
     records = {side: SideRecord() for side in SIDES}
     with ExitStack() as restoring:
@@ -93,6 +93,7 @@ def recording(
         restoring.callback(bank.switch_parts, bank.plan)
         for side in SIDES:
             stack, record, replays_of_side = getattr(bank, side), records[side], (replays or {}).get(side, {})
+            attended = (attention or {}).get(side, ())
             running: list[Any] = []
             assert replays_of_side.keys() <= {start for start, _ in plan.blocks(side)}, "a replay stands where a block starts"
             for (start, span), block in zip(plan.blocks(side), bank.blocks_of(plan, side), strict=True):
@@ -105,7 +106,7 @@ def recording(
                 if end in ends[side]:
                     record.recorders[end] = Recorder()
                     running.append(record.recorders[end])
-                    if attention:
+                    if end in attended:
                         record.attention[end] = []
                         for handle in _keep_attention(block, record.attention[end]):
                             restoring.callback(handle.remove)

@@ -51,7 +51,7 @@ def test_attention_is_what_transformers_puts_out(plan, small_bank, inputs):
         for stack in (model.encoder, model.decoder):
             stack.config._attn_implementation = "eager"
     with torch.no_grad():
-        with recording(small_bank, plan, ends_of(plan), attention=True) as record:
+        with recording(small_bank, plan, ends_of(plan), attention=ends_of(plan)) as record:
             small_bank(**inputs, use_cache=False)
         outputs = stock(**inputs, output_attentions=True)
     for block, end in enumerate(sorted(ends_of(plan)["encoder"])):
@@ -65,7 +65,7 @@ def test_attention_is_what_transformers_puts_out(plan, small_bank, inputs):
 
 def test_attention_that_is_not_there_is_an_error(small_bank, inputs):
     plan = small_bank.choose_plan("3x2/6x1")
-    with pytest.raises(AssertionError, match="has none"), recording(small_bank, plan, ends_of(plan), attention=True):
+    with pytest.raises(AssertionError, match="has none"), recording(small_bank, plan, ends_of(plan), attention=ends_of(plan)):
         small_bank(**inputs)
 
 
