@@ -17,7 +17,7 @@ from .training_args import DistillationArguments
 
 
 # What a T5 puts out of each side's attention.
-ATTENTIONS = {"encoder": ("encoder_attentions",), "decoder": ("decoder_attentions", "cross_attentions")}
+_ATTENTIONS = {"encoder": ("encoder_attentions",), "decoder": ("decoder_attentions", "cross_attentions")}
 
 
 class DistillationTrainer(Seq2SeqTrainer):
@@ -25,8 +25,8 @@ class DistillationTrainer(Seq2SeqTrainer):
 
     The loss is the weighted sum of the task's cross-entropy, of the KL divergence from the teacher's predictions, of the error of
     the hidden state after every block, compared with the teacher's where the block's span ends; at the top of a stack after its final norm;
-    and of the attention probabilities of every block, compared with those of the last layer of its span. The terms are those of
-    `ModularTrainer`. Without teacher, the first alone: fine-tuning.
+    and of the attention probabilities of blocks of `attention_min_span`, compared with those of the last layer of the span. The terms are
+    those of `ModularTrainer`. Without teacher, the first alone: fine-tuning.
 
     Sources: Sanh et al., "DistilBERT", arXiv 1910.01108; Shleifer, Rush, "Pre-trained Summarization Distillation", arXiv 2010.13002, who
     find hidden states of an encoder-decoder to help where the student's layers are the teacher's.
@@ -47,17 +47,19 @@ class DistillationTrainer(Seq2SeqTrainer):
     ):
         super().__init__(model, args, **kwargs)
         if teacher is not None and plan is None:
-            raise ValueError("a teacher's hidden states are compared where the plan says; pass it")
+            raise ValueError("a teacher's states and attention are compared where the plan says; pass it")
         if teacher is None and args.learns_from_teacher:
             raise ValueError("logit_weight, hidden_weight and attention_weight do nothing without a teacher; pass one, or set them to 0")
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
         self.plan = plan
+        spans = [span for side in SIDES for _, span, _ in self._spans(side)] if plan else []
+        self._attends = args.attention_weight > 0 and any(span >= args.attention_min_span for span in spans)
         # Every loss here is a mean over the tokens of a batch; the Trainer is to average over batches.
         self.model_accepts_loss_kwargs = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`."""
-        with eager_attention(self.model, self.teacher) if self.args.attention_weight else nullcontext():
+        with eager_attention(self.model, self.teacher) if self._attends else nullcontext():
             return super().train(*args, **kwargs)
 
     def compute_loss(
@@ -70,8 +72,8 @@ class DistillationTrainer(Seq2SeqTrainer):
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         passed = {name: value for name, value in inputs.items() if name != "labels"}
         passed.setdefault("decoder_input_ids", self.model.prepare_decoder_input_ids_from_labels(labels))
-        passed |= {"use_cache": False, "output_hidden_states": args.hidden_weight > 0, "output_attentions": args.attention_weight > 0}
-        if args.attention_weight:
+        passed |= {"use_cache": False, "output_hidden_states": args.hidden_weight > 0, "output_attentions": self._attends}
+        if self._attends:
             stop_attention_dropout(model)
         outputs = model(**passed)
         predictions = taught = None
@@ -80,7 +82,8 @@ class DistillationTrainer(Seq2SeqTrainer):
                 taught = self.teacher(**passed)
             predictions = Taught.of(taught.logits, args.temperature) if args.logit_weight else None
         terms = prediction_losses(args, outputs.logits, labels, predictions)
-        masks = {"encoder": inputs["attention_mask"].bool(), "decoder": labels != -100}
+        if self.teacher is not None:
+            masks = {"encoder": inputs["attention_mask"].bool(), "decoder": labels != -100}
         if args.hidden_weight:
             states = (
                 hidden_state_loss(outputs[kind][block + 1], taught[kind][end], masks[side])
@@ -88,16 +91,16 @@ class DistillationTrainer(Seq2SeqTrainer):
                 for kind in [f"{side}_hidden_states"]
                 for block, _, end in self._spans(side)
             )
-            terms["hidden_loss"] = mean_of(states, outputs)
-        if args.attention_weight:
+            terms["hidden_loss"] = mean_of(states, outputs.logits.device)
+        if self._attends:
             maps = (
                 attention_loss(outputs[kind][block], taught[kind][end - 1], masks[side])
                 for side in SIDES
-                for kind in ATTENTIONS[side]
+                for kind in _ATTENTIONS[side]
                 for block, span, end in self._spans(side)
                 if span >= args.attention_min_span
             )
-            terms["attention_loss"] = mean_of(maps, outputs)
+            terms["attention_loss"] = mean_of(maps, outputs.logits.device)
         loss = weighed(args, terms)
         return (loss, outputs) if return_outputs else loss
 

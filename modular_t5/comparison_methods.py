@@ -281,7 +281,7 @@ METHODS: dict[str, Method] = {
     ),
     "distillation": Method(
         _distilled,
-        "layers of the teacher, trained on labels, the teacher's predictions and hidden states",
+        "layers of the teacher, trained on labels, the teacher's predictions, hidden states and, if weighed, attention",
         DistillationArguments,
         {"learning_rate": 1e-3},
     ),
@@ -339,7 +339,7 @@ ABLATIONS: dict[str, Method] = {
         "without the loss of hidden states, and so never fed", hidden_weight=0.0, teacher_fed_ratio=0.0
     ),
     "modular, no attention": _modular_but("without the loss of attention probabilities", attention_weight=0.0, attention_min_span=1),
-    "modular, attention": _modular_but("with the loss of all modules' attention probabilities", attention_weight=1.0, attention_min_span=1),
+    "modular, attention": _modular_but("with the loss of attention of all modules, weight 1", attention_weight=1.0, attention_min_span=1),
     "modular, own embeddings": _modular_but("with embeddings of the bank's own", train_embeddings=True),
     "modular, teacher's embeddings": _modular_but("with the teacher's embeddings", train_embeddings=False),
     "modular, finest alone": _modular_but("the finest granularity alone", granularities="finest"),

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.functional import log_softmax
-from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from .training_args import DistillationArguments
 
@@ -46,10 +45,10 @@ def prediction_losses(
     return terms
 
 
-def mean_of(terms: Iterable[torch.Tensor], outputs: Seq2SeqLMOutput) -> torch.Tensor:
-    """Of terms of equal weight that a model's outputs leave; 0 if there are none."""
+def mean_of(terms: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Of terms of equal weight; 0 if there are none."""
     terms = list(terms)
-    return torch.stack(terms).mean() if terms else torch.zeros((), device=outputs.logits.device)
+    return torch.stack(terms).mean() if terms else torch.zeros((), device=device)
 
 
 def weighed(args: DistillationArguments, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -88,7 +88,7 @@ class Lesson:
         sides = [(side, records[side], taught[side], masks[side]) for side in taught]
         if args.hidden_weight:
             states = (hidden_state_loss(ours.state(end), its.state(end), mask) for side, ours, its, mask in sides for end in ends[side])
-            terms["hidden_loss"] = mean_of(states, outputs)
+            terms["hidden_loss"] = mean_of(states, outputs.logits.device)
         if args.attention_weight:
             maps = (
                 attention_loss(our_map, its_map, mask)
@@ -96,7 +96,7 @@ class Lesson:
                 for end in attended[side]
                 for our_map, its_map in zip(ours.attention[end], its.attention[end], strict=True)
             )
-            terms["attention_loss"] = mean_of(maps, outputs)
+            terms["attention_loss"] = mean_of(maps, outputs.logits.device)
         return terms, outputs
 
     @property
@@ -130,7 +130,7 @@ class Lesson:
                     block.training = True
                     continue
                 block.train()
-                if self._args.attention_weight:
+                if self._args.attention_weight and span >= self._args.attention_min_span:
                     stop_attention_dropout(block)
 
 
@@ -175,7 +175,7 @@ def _seen_by_ddp(model: nn.Module, records: Mapping[str, SideRecord]) -> Iterato
 
 def _module_ends(plan: AssemblyPlan, side: str, min_span: int = 2) -> set[int]:
     """After how many original layers a module of the plan ends that stands for at least so many."""
-    return {start + span for start, span in plan.blocks(side) if span > 1 and span >= min_span}
+    return {start + span for start, span in plan.blocks(side) if span >= max(min_span, 2)}
 
 
 def _source_mask(inputs: Mapping[str, Any], outputs: Seq2SeqLMOutput) -> torch.Tensor:

@@ -131,10 +131,14 @@ class ModularTrainer(CheckpointingTrainer):
             raise ValueError(f"two curricula are given, the function {curriculum!r} and args.curriculum={args.curriculum!r}; leave one out")
         for progress in (0.0, 0.5, 1.0):  # a curriculum that does not work had better fail here
             self._draw_plans(args, 0, progress)
-        coarsest = max(max(of_side, default=0) for of_side in self._shape.granularities.values())
-        if args.attention_min_span > coarsest:
+        granularities = [s for of_side in self._shape.granularities.values() for s in of_side]
+        if args.attention_min_span > max(granularities):
+            logger.warning("attention_min_span=%d leaves no module of the bank to learn from attention", args.attention_min_span)
+        others = [name for name in LOSS_WEIGHTS if name != "attention_weight"]
+        if args.attention_min_span > min(granularities) and not any(getattr(args, name) for name in others):
             raise ValueError(
-                f"attention_min_span={args.attention_min_span}: no module of the bank stands for more than {coarsest} layers; lower it"
+                f"attention_min_span={args.attention_min_span} leaves plans of finer modules nothing to learn from; set one of "
+                f"{', '.join(others)} above 0"
             )
         uses_cache = model.config.use_cache
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)

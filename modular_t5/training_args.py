@@ -42,7 +42,10 @@ class DistillationArguments(Seq2SeqTrainingArguments):
     )
     attention_min_span: int = field(
         default=1,
-        metadata={"help": "With attention_weight, how many layers a module or block stands for at least whose attention is compared."},
+        metadata={
+            "help": "With attention_weight, how many layers a module or block stands for at least whose attention is compared. In the log, "
+            "a plan without any counts as 0."
+        },
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL divergence; above 0."})
 
@@ -64,11 +67,6 @@ class DistillationArguments(Seq2SeqTrainingArguments):
             raise ValueError(f"attention_min_span must be an integer of at least 1, got {self.attention_min_span!r}")
         if self.attention_min_span > 1 and not self.attention_weight:
             raise ValueError(f"attention_min_span={self.attention_min_span} does nothing without attention_weight; set that above 0")
-        if self.attention_min_span > 2 and not any(weight for name, weight in weights.items() if name != "attention_weight"):
-            raise ValueError(
-                f"attention_min_span={self.attention_min_span} leaves plans of finer modules nothing to learn from; let another of "
-                f"{', '.join(LOSS_WEIGHTS)} be above 0"
-            )
         if self.label_smoothing_factor and not self.task_weight:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor!r} trains nothing without the task's loss; set task_weight above 0"

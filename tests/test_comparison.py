@@ -237,6 +237,13 @@ def test_variations_start_from_the_arguments_that_are_given(given):
     assert found["modular, attention"] == {**arguments["modular"], "learning_rate": 0.25, "attention_weight": 1.0, "attention_min_span": 1}
 
 
+def test_banks_without_the_modules_that_learn_from_attention_are_trained_too(given):
+    arguments = {"modular": {"attention_weight": 3.0, "attention_min_span": 6, "train_embeddings": True}}
+    rows = ["modular", "modular, finest alone", "modular, without coarsest"]
+    results = comparison(given, methods=rows, plans=None, method_arguments=arguments, max_steps=1).run()
+    assert list(results["rows"]) == rows
+
+
 def test_beams_of_another_teacher_are_not_taken(given):
     comparison(given, methods=["sequence distillation"]).taught  # noqa: B018
     with pytest.raises(ValueError, match=r"teacher-beams.json was made with other max_target_length"):
