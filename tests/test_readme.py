@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 from conftest import make_bank, make_teacher
 from datasets import Dataset
 from huggingface_hub import ModelCard
@@ -119,8 +120,9 @@ def test_the_tables_of_the_comparison_are_its_results():
         assert of(results) in BENCHMARKS
 
 
-def test_the_table_of_the_ablations_is_its_results():
-    (name,) = set(re.findall(r"\]\((results/[^)]*-compare-ablations\.json)\)", BENCHMARKS))
+@pytest.mark.parametrize("compared", ["ablations", "changes"])
+def test_the_tables_of_our_method_taken_apart_are_their_results(compared):
+    (name,) = set(re.findall(rf"\]\((results/[^)]*-compare-{compared}\.json)\)", BENCHMARKS))
     assert table(json.loads((ROOT / "benchmarks" / name).read_text(encoding="utf-8"))) in BENCHMARKS
 
 
