@@ -52,8 +52,7 @@ class DistillationTrainer(Seq2SeqTrainer):
             raise ValueError("logit_weight, hidden_weight and attention_weight do nothing without a teacher; pass one, or set them to 0")
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
         self.plan = plan
-        spans = [span for side in SIDES for _, span, _ in self._spans(side)] if plan else []
-        self._attends = args.attention_weight > 0 and any(span >= args.attention_min_span for span in spans)
+        self._attends = args.attention_weight > 0 and any(list(self._ends(side, args.attention_min_span)) for side in SIDES)
         # Every loss here is a mean over the tokens of a batch; the Trainer is to average over batches.
         self.model_accepts_loss_kwargs = False
 
@@ -89,7 +88,7 @@ class DistillationTrainer(Seq2SeqTrainer):
                 hidden_state_loss(outputs[kind][block + 1], taught[kind][end], masks[side])
                 for side in SIDES
                 for kind in [f"{side}_hidden_states"]
-                for block, _, end in self._spans(side)
+                for block, end in self._ends(side)
             )
             terms["hidden_loss"] = mean_of(states, outputs.logits.device)
         if self._attends:
@@ -97,16 +96,15 @@ class DistillationTrainer(Seq2SeqTrainer):
                 attention_loss(outputs[kind][block], taught[kind][end - 1], masks[side])
                 for side in SIDES
                 for kind in _ATTENTIONS[side]
-                for block, span, end in self._spans(side)
-                if span >= args.attention_min_span
+                for block, end in self._ends(side, args.attention_min_span)
             )
             terms["attention_loss"] = mean_of(maps, outputs.logits.device)
         loss = weighed(args, terms)
         return (loss, outputs) if return_outputs else loss
 
-    def _spans(self, side: str) -> Iterator[tuple[int, int, int]]:
-        """Of every block of a side, its number from 0, how many of the teacher's layers it stands for, and after how many it ends."""
-        return ((block, span, start + span) for block, (start, span) in enumerate(self.plan.blocks(side)))
+    def _ends(self, side: str, min_span: int = 1) -> Iterator[tuple[int, int]]:
+        """Of a side's blocks that stand for at least so many of the teacher's layers: number from 0, and after how many layers it ends."""
+        return ((block, start + span) for block, (start, span) in enumerate(self.plan.blocks(side)) if span >= min_span)
 
 
 class LayerDropTrainer(Seq2SeqTrainer):
