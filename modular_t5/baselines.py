@@ -25,8 +25,9 @@ class DistillationTrainer(Seq2SeqTrainer):
 
     The loss is the weighted sum of the task's cross-entropy, of the KL divergence from the teacher's predictions, of the error of
     the hidden state after every block, compared with the teacher's where the block's span ends; at the top of a stack after its final norm;
-    and of the attention probabilities of blocks of `attention_min_span`, compared with those of the last layer of the span. The terms are
-    those of `ModularTrainer`. Without teacher, the first alone: fine-tuning.
+    and of the attention probabilities of blocks of `attention_min_span`, by default of a side's longest if they stand for more than
+    a layer, compared with those of the last layer of the span. The terms are those of `ModularTrainer`. Without teacher, the first alone:
+    fine-tuning.
 
     Sources: Sanh et al., "DistilBERT", arXiv 1910.01108; Shleifer, Rush, "Pre-trained Summarization Distillation", arXiv 2010.13002, who
     find hidden states of an encoder-decoder to help where the student's layers are the teacher's.
@@ -52,7 +53,9 @@ class DistillationTrainer(Seq2SeqTrainer):
             raise ValueError("logit_weight, hidden_weight and attention_weight do nothing without a teacher; pass one, or set them to 0")
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
         self.plan = plan
-        self._attends = args.attention_weight > 0 and any(list(self._ends(side, args.attention_min_span)) for side in SIDES)
+        self._attends = args.attention_weight > 0 and any(list(self._attended(side)) for side in SIDES)
+        if args.learns_from_attention_alone and not self._attends:
+            raise ValueError(f"attention_weight alone leaves a student of plan {plan} nothing to learn from; set another weight above 0")
         # Every loss here is a mean over the tokens of a batch; the Trainer is to average over batches.
         self.model_accepts_loss_kwargs = False
 
@@ -96,7 +99,7 @@ class DistillationTrainer(Seq2SeqTrainer):
                 attention_loss(outputs[kind][block], taught[kind][end - 1], masks[side])
                 for side in SIDES
                 for kind in _ATTENTIONS[side]
-                for block, end in self._ends(side, args.attention_min_span)
+                for block, end in self._attended(side)
             )
             terms["attention_loss"] = mean_of(maps, outputs.logits.device)
         loss = weighed(args, terms)
@@ -105,6 +108,10 @@ class DistillationTrainer(Seq2SeqTrainer):
     def _ends(self, side: str, min_span: int = 1) -> Iterator[tuple[int, int]]:
         """Of a side's blocks that stand for at least so many of the teacher's layers: number from 0, and after how many layers it ends."""
         return ((block, start + span) for block, (start, span) in enumerate(self.plan.blocks(side)) if span >= min_span)
+
+    def _attended(self, side: str) -> Iterator[tuple[int, int]]:
+        """The same of those that learn from attention."""
+        return self._ends(side, self.args.attended_span(self.plan.spans(side)))
 
 
 class LayerDropTrainer(Seq2SeqTrainer):

@@ -40,7 +40,9 @@ TABLE_FILE, PICTURE_FILE = "table.md", "picture.png"
 
 # A row that says what is so anyway is no row of its own.
 _MODULAR_DEFAULTS = {
-    field.name: field.default for field in dataclasses.fields(ModularTrainingArguments) if isinstance(field.default, str | float | int)
+    field.name: field.default
+    for field in dataclasses.fields(ModularTrainingArguments)
+    if field.default is None or isinstance(field.default, str | float | int)
 }
 
 # Of the package, what the outcome of a run does not depend on.
@@ -326,7 +328,7 @@ class Comparison:
             stored = [self.stored(run) for run in runs]
             seeds, (first, *_) = len(self.args.seeds), runs
             spent = [Spent(**each["spent"]) for each in stored]
-            taught = first.own.get("targets", "labels") != "labels"
+            taught = ROWS[name].arguments_class is not None and first.own.get("targets", "labels") != "labels"
             beams = self.of_teacher("train", "beam 4")["seconds"] if taught else 0.0
             rows[name] = {
                 "description": ROWS[name].description,

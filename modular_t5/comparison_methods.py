@@ -281,9 +281,9 @@ METHODS: dict[str, Method] = {
     ),
     "distillation": Method(
         _distilled,
-        "layers of the teacher, trained on labels, the teacher's predictions, hidden states and, if weighed, attention",
+        "layers of the teacher, trained on the teacher's beams, predictions, hidden states and attention",
         DistillationArguments,
-        {"learning_rate": 1e-3},
+        {"learning_rate": 1e-3, "targets": "beams", "attention_weight": 1.0},
     ),
     "sequence distillation": Method(
         _distilled,
@@ -311,7 +311,13 @@ METHODS: dict[str, Method] = {
         {"learning_rate": 1e-3, "drop_rate": 0.5, "label_smoothing_factor": 0.1},
         per_size=False,
     ),
-    "modular": Method(_modular, "Modular T5; one training", ModularTrainingArguments, {"learning_rate": 2e-3}, per_size=False),
+    "modular": Method(
+        _modular,
+        "Modular T5; one training",
+        ModularTrainingArguments,
+        {"learning_rate": 2e-3, "targets": "beams", "attention_weight": 3.0, "train_embeddings": True},
+        per_size=False,
+    ),
 }
 
 
@@ -338,8 +344,9 @@ ABLATIONS: dict[str, Method] = {
     "modular, no hidden states": _modular_but(
         "without the loss of hidden states, and so never fed", hidden_weight=0.0, teacher_fed_ratio=0.0
     ),
-    "modular, no attention": _modular_but("without the loss of attention probabilities", attention_weight=0.0, attention_min_span=1),
+    "modular, no attention": _modular_but("without the loss of attention probabilities", attention_weight=0.0, attention_min_span=None),
     "modular, attention": _modular_but("with the loss of attention of all modules, weight 1", attention_weight=1.0, attention_min_span=1),
+    "modular, labels": _modular_but("trained on the labels in place of the teacher's beams", targets="labels"),
     "modular, own embeddings": _modular_but("with embeddings of the bank's own", train_embeddings=True),
     "modular, teacher's embeddings": _modular_but("with the teacher's embeddings", train_embeddings=False),
     "modular, finest alone": _modular_but("the finest granularity alone", granularities="finest"),

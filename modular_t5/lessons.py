@@ -106,7 +106,9 @@ class Lesson:
 
     def _attended(self, plan: AssemblyPlan, side: str) -> set[int]:
         """After how many original layers a module ends that learns from attention."""
-        return _module_ends(plan, side, self._args.attention_min_span) if self._args.attention_weight else set()
+        if not self._args.attention_weight:
+            return set()
+        return _module_ends(plan, side, self._args.attended_span(self._bank.config.granularities[side]))
 
     def _read(self, plan: AssemblyPlan) -> dict[str, list[int]]:
         """After how many layers of each side the teacher's states stand in for the plan's own.
@@ -124,13 +126,14 @@ class Lesson:
         """After `bank.eval()`: if asked for, dropout in the plan's modules, nowhere else. So it stays until gradients are computed."""
         self._bank.training = True
         for side in SIDES:
-            for (_, span), block in zip(plan.blocks(side), self._bank.blocks_of(plan, side), strict=True):
+            attended = self._attended(plan, side)
+            for (start, span), block in zip(plan.blocks(side), self._bank.blocks_of(plan, side), strict=True):
                 if span == 1 or not self._args.module_dropout:
                     # The flag of the block alone: it asks for gradient checkpointing, where that is on, and for nothing else.
                     block.training = True
                     continue
                 block.train()
-                if self._args.attention_weight and span >= self._args.attention_min_span:
+                if start + span in attended:
                     stop_attention_dropout(block)
 
 

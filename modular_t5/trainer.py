@@ -131,15 +131,7 @@ class ModularTrainer(CheckpointingTrainer):
             raise ValueError(f"two curricula are given, the function {curriculum!r} and args.curriculum={args.curriculum!r}; leave one out")
         for progress in (0.0, 0.5, 1.0):  # a curriculum that does not work had better fail here
             self._draw_plans(args, 0, progress)
-        granularities = [s for of_side in self._shape.granularities.values() for s in of_side]
-        if args.attention_min_span > max(granularities):
-            logger.warning("attention_min_span=%d leaves no module of the bank to learn from attention", args.attention_min_span)
-        others = [name for name in LOSS_WEIGHTS if name != "attention_weight"]
-        if args.attention_min_span > min(granularities) and not any(getattr(args, name) for name in others):
-            raise ValueError(
-                f"attention_min_span={args.attention_min_span} leaves plans of finer modules nothing to learn from; set one of "
-                f"{', '.join(others)} above 0"
-            )
+        _check_attention(args, self._shape)
         uses_cache = model.config.use_cache
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         model.config.use_cache = uses_cache  # the Trainer turns it off, for good, and for what is assembled too
@@ -460,6 +452,18 @@ def _check_batch(inputs: Mapping[str, Any], config: ModularT5Config) -> None:
                     f"{name} hold the token {token}, the bank's teacher knows 0 to {config.vocab_size - 1}: "
                     "the data was made with another tokenizer, or padded with another number than -100"
                 )
+
+
+def _check_attention(args: ModularTrainingArguments, shape: BankShape) -> None:
+    """Warn, or raise a `ValueError`, where modules have no attention to learn from."""
+    known = {side: granularities for side, granularities in shape.granularities.items() if granularities}
+    if args.attention_min_span is not None and args.attention_min_span > max(map(max, known.values())):
+        logger.warning("attention_min_span=%d leaves no module of the bank to learn from attention", args.attention_min_span)
+    if args.learns_from_attention_alone and any(args.attended_span(of_side) > min(of_side) for of_side in known.values()):
+        raise ValueError(
+            "attention_weight alone leaves modules below attention_min_span, by default all but the coarsest, nothing to learn from; "
+            "set that to 1, or another weight above 0"
+        )
 
 
 def _checked_eval_plans(args: ModularTrainingArguments, shape: BankShape) -> tuple[AssemblyPlan, ...]:

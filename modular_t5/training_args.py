@@ -1,7 +1,7 @@
 """`ModularTrainingArguments`: the dials of replacing and distillation."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -40,11 +40,11 @@ class DistillationArguments(Seq2SeqTrainingArguments):
             "attention runs in eager mode, and what learns has no dropout of its own there."
         },
     )
-    attention_min_span: int = field(
-        default=1,
+    attention_min_span: int | None = field(
+        default=None,
         metadata={
-            "help": "With attention_weight, how many layers a module or block stands for at least whose attention is compared. In the log, "
-            "a plan without any counts as 0."
+            "help": "With attention_weight, how many layers a module or block stands for at least whose attention is compared; by default "
+            "as many as the coarsest of its side. In the log, a plan without any counts as 0."
         },
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL divergence; above 0."})
@@ -63,10 +63,11 @@ class DistillationArguments(Seq2SeqTrainingArguments):
             raise ValueError(f"at least one of {', '.join(weights)} must be above 0")
         if self.temperature != 1 and not self.logit_weight:
             raise ValueError(f"temperature={self.temperature!r} does nothing without the loss that it belongs to; set logit_weight above 0")
-        if not is_integer(self.attention_min_span) or self.attention_min_span < 1:
-            raise ValueError(f"attention_min_span must be an integer of at least 1, got {self.attention_min_span!r}")
-        if self.attention_min_span > 1 and not self.attention_weight:
-            raise ValueError(f"attention_min_span={self.attention_min_span} does nothing without attention_weight; set that above 0")
+        if self.attention_min_span is not None:
+            if not is_integer(self.attention_min_span) or self.attention_min_span < 1:
+                raise ValueError(f"attention_min_span must be an integer of at least 1, got {self.attention_min_span!r}")
+            if not self.attention_weight:
+                raise ValueError(f"attention_min_span={self.attention_min_span} does nothing without attention_weight; set that above 0")
         if self.label_smoothing_factor and not self.task_weight:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor!r} trains nothing without the task's loss; set task_weight above 0"
@@ -76,6 +77,15 @@ class DistillationArguments(Seq2SeqTrainingArguments):
     def learns_from_teacher(self) -> bool:
         """Whether a loss that compares with a teacher has a weight."""
         return bool(self.logit_weight or self.hidden_weight or self.attention_weight)
+
+    @property
+    def learns_from_attention_alone(self) -> bool:
+        """Whether no other loss has a weight."""
+        return not any(getattr(self, name) for name in LOSS_WEIGHTS if name != "attention_weight")
+
+    def attended_span(self, spans: Iterable[int]) -> int:
+        """`attention_min_span`, or its default on a side where modules or blocks have these spans."""
+        return max((2, *spans)) if self.attention_min_span is None else self.attention_min_span
 
     @property
     def temperatures(self) -> set[float]:

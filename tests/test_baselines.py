@@ -52,7 +52,7 @@ def test_its_loss_is_that_of_a_bank_that_runs_the_same_size(span, tmp_path, monk
         torch.testing.assert_close(trainer.compute_loss(student, batch), modular.compute_loss(bank, batch))
 
 
-@pytest.mark.parametrize(("span", "compared"), [(1, 3 + 2 * 2), (3, 2 * 2), (4, 0)])
+@pytest.mark.parametrize(("span", "compared"), [(1, 3 + 2 * 2), (3, 2 * 2), (4, 0), (None, 3 + 2 * 2)])
 def test_attention_is_compared_of_blocks_that_stand_for_enough_layers(span, compared, tmp_path, monkeypatch):
     bank, seen = make_bank(), []
     monkeypatch.setattr(modular_t5.baselines, "attention_loss", lambda *maps: seen.append(maps) or maps[0].sum())
@@ -61,6 +61,13 @@ def test_attention_is_compared_of_blocks_that_stand_for_enough_layers(span, comp
     )
     trainer.train()
     assert len(seen) == compared
+
+
+def test_what_has_nothing_to_learn_from_is_refused(tmp_path):
+    bank = make_bank()
+    alone = {"task_weight": 0.0, "logit_weight": 0.0, "hidden_weight": 0.0, "attention_weight": 1.0, "attention_min_span": 4}
+    with pytest.raises(ValueError, match=f"attention_weight alone leaves a student of plan {PLAN} nothing to learn from"):
+        distilling(tmp_path, bank.assemble("1x6/1x6"), bank.assemble(PLAN), **alone)
 
 
 def test_attention_maps_of_the_student_are_compared_without_dropout(tmp_path, monkeypatch):

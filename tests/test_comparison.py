@@ -18,7 +18,7 @@ from modular_t5.comparison_results import agreement_table, scored
 
 
 SIZES = ["1x6/2x3", "2x3/2x3", "1x6/3x2", "2x3/3x2", "3x2/3x2", "6x1/6x1"]
-DEFAULTS = {"modular, no attention", "modular, teacher's embeddings"}  # variations that say what is so unless arguments are given
+DEFAULTS = {"modular, own embeddings"}  # variations that say what is so unless arguments are given
 
 
 @pytest.fixture
@@ -68,7 +68,8 @@ def test_the_whole_comparison(given, tmp_path, capsys):
         if name in (passes := {"modular": 6, "modular, one plan a step": 1, "distillation": 1, "LayerDrop": 1}):
             assert row["passes"] == row["steps"] * passes[name]
         assert (row["passes"] > 0) is (row["seconds"] > 0) is trains
-        assert (row["of_which_teachers_beams"] > 0) is (name == "sequence distillation")
+        learns_from_labels = name in ("fine-tuning", "BERT-of-Theseus", "LayerDrop", "modular, labels")
+        assert (row["of_which_teachers_beams"] > 0) is (trains and not learns_from_labels)
         for of_plan in row["scores"].values():
             for score in of_plan.values():
                 low, high = score["BLEU_interval"]
@@ -234,11 +235,12 @@ def test_variations_start_from_the_arguments_that_are_given(given):
     found = {run.method: run.arguments for run in every.runs}
     assert found["modular, never fed"]["learning_rate"] == 0.5
     assert found["modular, no hidden states"]["hidden_weight"] == 0
-    assert found["modular, attention"] == {**arguments["modular"], "learning_rate": 0.25, "attention_weight": 1.0, "attention_min_span": 1}
+    trained = {"hidden_weight": 0.1, "learning_rate": 0.25, "train_embeddings": True}
+    assert found["modular, attention"] == {**trained, "attention_weight": 1.0, "attention_min_span": 1}
 
 
 def test_banks_without_the_modules_that_learn_from_attention_are_trained_too(given):
-    arguments = {"modular": {"attention_weight": 3.0, "attention_min_span": 6, "train_embeddings": True}}
+    arguments = {"modular": {"attention_min_span": 6}}
     rows = ["modular", "modular, finest alone", "modular, without coarsest"]
     results = comparison(given, methods=rows, plans=None, method_arguments=arguments, max_steps=1).run()
     assert list(results["rows"]) == rows

@@ -109,7 +109,14 @@ def test_a_killed_process_stops_all_and_they_go_on_bit_for_bit(two, tmp_path):
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "train_head": True, "train_final_norms": True},
         {"plans_per_step": None, "plan_sampling": "aligned", "train_embeddings": True},
         # No loss reads the logits, which are all that DDP sees of a pass.
-        {"task_weight": 0, "logit_weight": 0, "hidden_weight": 0, "attention_weight": 1, "train_final_norms": True},
+        {
+            "task_weight": 0,
+            "logit_weight": 0,
+            "hidden_weight": 0,
+            "attention_weight": 1,
+            "attention_min_span": 1,
+            "train_final_norms": True,
+        },
     ],
 )
 def test_other_ways_of_training_under_several_processes(arguments, tmp_path):

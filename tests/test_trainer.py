@@ -11,16 +11,19 @@ from dataclasses import replace
 import accelerate
 import pytest
 import torch
-from conftest import VOCAB_SIZE, make_teacher
+from conftest import VOCAB_SIZE, make_bank, make_teacher
 from training import CHECKPOINTING, DEFAULTS, Noting, collate, logged, make_dataset, make_trainer
 from transformers import AutoTokenizer, EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import modular_t5.lessons
-from modular_t5 import ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
+from modular_t5 import AssemblyPlan, ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
 from modular_t5.layout_modular_t5 import own_part_of
 from modular_t5.lessons import Lesson
 from modular_t5.recording import eager_attention
+
+
+ATTENTION = {"attention_weight": 1.0, "attention_min_span": 1}  # of all modules
 
 
 @contextmanager
@@ -306,7 +309,7 @@ def test_a_metric_of_a_plan_that_is_not_evaluated_is_refused(tmp_path):
 @pytest.mark.parametrize("own_embeddings", [False, True])
 def test_a_prefix_that_is_the_teachers_is_not_run_again_and_nothing_changes(own_embeddings, tmp_path, monkeypatch):
     bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.0))
-    trainer = make_trainer(tmp_path, bank=bank, attention_weight=1.0, teacher_fed_ratio=0.0, train_embeddings=own_embeddings)
+    trainer = make_trainer(tmp_path, bank=bank, teacher_fed_ratio=0.0, train_embeddings=own_embeddings, **ATTENTION)
     bank, batch = trainer.model, collate(list(make_dataset(8)))
     if own_embeddings:  # with which no prefix is the teacher's
         with torch.no_grad():
@@ -498,15 +501,30 @@ def test_attention_of_modules_that_the_bank_does_not_have(tmp_path, caplog):
     assert "attention_min_span=7 leaves no module of the bank to learn from attention" in caplog.text
     trainer.train()
     assert set(logged(trainer, "attention_loss")) == {0.0}
-    alone = {"task_weight": 0.0, "logit_weight": 0.0, "hidden_weight": 0.0}
-    with pytest.raises(ValueError, match="attention_min_span=6 leaves plans of finer modules nothing to learn from; set one of"):
-        make_trainer(tmp_path, attention_weight=1.0, attention_min_span=6, **alone)
+    alone = {"task_weight": 0.0, "logit_weight": 0.0, "hidden_weight": 0.0, "attention_weight": 1.0}
+    for of_some in ({}, {"attention_min_span": 6}):
+        with pytest.raises(ValueError, match="attention_weight alone leaves modules below attention_min_span, by default all but"):
+            make_trainer(tmp_path, **alone, **of_some)
+    assert make_trainer(tmp_path, **alone, attention_min_span=1).args.learns_from_attention_alone
+
+
+def test_by_default_the_coarsest_modules_of_each_side_learn_from_attention(tmp_path, monkeypatch):
+    bank, seen = make_bank(granularities={"encoder": [2, 3], "decoder": [2]}), []
+    trainer = make_trainer(tmp_path, bank=bank, attention_weight=1.0)
+    monkeypatch.setattr(modular_t5.lessons, "attention_loss", lambda *maps: seen.append(maps) or maps[0].sum())
+    for plan, compared in (("2x3/2x3", 3 * 2), ("3x2/2x3", 2 + 3 * 2), ("3x2/1x6", 2)):  # the decoder's own maps and those across
+        monkeypatch.setattr(trainer, "plans_of_step", lambda step, plan=plan: (AssemblyPlan.from_any(plan),))
+        with eager_attention(bank):
+            bank.train()
+            trainer.compute_loss(bank, collate(list(make_dataset(8))))
+        assert len(seen) == compared
+        seen.clear()
 
 
 def test_attention_maps_are_compared_without_dropout(tmp_path, monkeypatch):
     """The modules are copies of what they are compared with, so that every map is equal but for dropout below it."""
     bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.9), initialization="first")
-    trainer = make_trainer(tmp_path, bank=bank, attention_weight=1.0)
+    trainer = make_trainer(tmp_path, bank=bank, **ATTENTION)
     plan = bank.choose_plan("1x6/1x4-2x1")
     seen = []
 
@@ -699,12 +717,12 @@ def test_parts_of_the_banks_own(family, parts, tmp_path):
     assert all(torch.equal(bank.state_dict()[name], tensor) for name, tensor in after.items())
 
 
-@pytest.mark.parametrize(("attention_weight", "dials"), [(0.0, {}), (1.0, {}), (1.0, DEFAULTS)])
-def test_gradient_checkpointing_changes_no_gradient(attention_weight, dials, tmp_path):
+@pytest.mark.parametrize("dials", [{}, ATTENTION, {**ATTENTION, **DEFAULTS}])
+def test_gradient_checkpointing_changes_no_gradient(dials, tmp_path):
     results = []
     for checkpointing in (False, True):
         bank = ModularT5ForConditionalGeneration.from_t5(make_teacher(dropout_rate=0.1))
-        trainer = make_trainer(tmp_path, bank=bank, **{CHECKPOINTING: checkpointing}, attention_weight=attention_weight, **dials)
+        trainer = make_trainer(tmp_path, bank=bank, **{CHECKPOINTING: checkpointing}, **dials)
         trainer.train()
         results.append([logged(trainer, "loss"), logged(trainer, "grad_norm")])
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
@@ -819,7 +837,7 @@ def test_a_loss_that_is_none_stops_with_what_broke(tmp_path):
         ({"replacing_rate_schedule": "steps"}, "unknown replacing_rate_schedule 'steps'; choose one of constant, linear"),
         ({"attention_weight": -1.0}, "attention_weight .* got -1.0"),
         ({"attention_min_span": 0}, "attention_min_span must be an integer of at least 1, got 0"),
-        ({"attention_min_span": 6}, "attention_min_span=6 does nothing without attention_weight"),
+        ({"attention_min_span": 1}, "attention_min_span=1 does nothing without attention_weight"),
         ({"ddp_find_unused_parameters": False}, "ddp_find_unused_parameters=False fails"),
         ({f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, "use_reentrant=True would cut the gradients"),
         ({"torch_compile": True, "attention_weight": 1.0}, "attention_weight needs what compiled blocks hide"),
