@@ -19,7 +19,8 @@ def scored(rows: Mapping[str, Any], teacher: Mapping[str, list[str]], references
 
     Returns:
         `metrics`, the scores' signatures; `teacher`, its scores by decoding; `rows`, with `scores` by plan and decoding; `ahead`, of every
-        method of one training for all sizes, by plan and decoding: how far it is ahead of the best of those of a training a size.
+        method of one training for all sizes, by plan and decoding: how far it is ahead of the best of those of a training a size, as a mean
+        and for each seed.
     """
     of_teacher = {decoding: scores_of(texts, references) for decoding, texts in teacher.items()}
     samples = {
@@ -52,7 +53,12 @@ def scored(rows: Mapping[str, Any], teacher: Mapping[str, list[str]], references
             continue
         best = max(rivals, key=lambda other: samples[other, plan, decoding].mean)
         by, interval = ours.ahead_of(samples[best, plan, decoding])
-        ahead.setdefault(name, {}).setdefault(plan, {})[decoding] = {"of": best, "BLEU": by, "interval": interval}
+        ahead.setdefault(name, {}).setdefault(plan, {})[decoding] = {
+            "of": best,
+            "BLEU": by,
+            "interval": interval,
+            "BLEU_of_seeds": [its - that for its, that in zip(ours.of_seeds, samples[best, plan, decoding].of_seeds, strict=True)],
+        }
     return {"metrics": signatures(), "teacher": of_teacher, "rows": scored_rows, "ahead": ahead}
 
 
@@ -108,13 +114,18 @@ def agreement_table(results: Mapping[str, Any], decoding: str = "greedy") -> str
 
 
 def ahead_table(results: Mapping[str, Any], decoding: str = "greedy") -> str:
-    """How far methods of one training are ahead of the best of those of one a size, with 95 % intervals over the test sentences."""
+    """How far methods of one training are ahead of the best of those of one a size, with 95 % intervals over the test sentences, and below
+    the mean, where there are several, each seed."""
     plans = _scored_plans(results)
     best = {plan: of[decoding]["of"] for of_method in results["ahead"].values() for plan, of in of_method.items()}
     rows = [["*best of one training a size*", *(f"*{best[plan]}*" if plan in best else "" for plan in plans)]] if best else []
     for name, of_method in results["ahead"].items():
-        ahead = {plan: (of[decoding]["BLEU"], *of[decoding]["interval"]) for plan, of in of_method.items()}
-        rows.append([name, *("{:+.2f} ({:+.2f} to {:+.2f})".format(*ahead[plan]) if plan in ahead else "" for plan in plans)])
+        ahead = {plan: of[decoding] for plan, of in of_method.items()}
+        means = {plan: "{:+.2f} ({:+.2f} to {:+.2f})".format(of["BLEU"], *of["interval"]) for plan, of in ahead.items()}
+        of_seeds = {plan: ", ".join(map("{:+.2f}".format, of["BLEU_of_seeds"])) for plan, of in ahead.items()}
+        rows.append([name, *(means.get(plan, "") for plan in plans)])
+        if any(len(of["BLEU_of_seeds"]) > 1 for of in ahead.values()):
+            rows.append([f"{name}, each seed", *(of_seeds.get(plan, "") for plan in plans)])
     return markdown_table(["ahead by, BLEU", *plans.values()], rows)
 
 

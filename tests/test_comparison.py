@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from modular_t5 import BankShape, cli
 from modular_t5.comparison import Comparison, ComparisonArguments, default_plans
 from modular_t5.comparison_methods import ABLATIONS, METHODS, ROWS, Stopwatch
-from modular_t5.comparison_results import agreement_table, scored
+from modular_t5.comparison_results import agreement_table, ahead_table, scored
 
 
 SIZES = ["1x6/2x3", "2x3/2x3", "1x6/3x2", "2x3/3x2", "3x2/3x2", "6x1/6x1"]
@@ -116,6 +116,9 @@ def test_what_is_done_is_not_done_again(given, monkeypatch):
     results = more.run()
     assert done == [("distillation", 1), ("modular", 1)]
     assert len(results["rows"]["modular"]["scores"]["2x3/2x3"]["greedy"]["BLEU_of_seeds"]) == 2
+    ahead = results["ahead"]["modular"]["2x3/2x3"]["greedy"]
+    assert sum(ahead["BLEU_of_seeds"]) / 2 == pytest.approx(ahead["BLEU"])
+    assert re.search(r"^\| modular, each seed +\|( *[+-]\d+\.\d\d,?){2} \|$", ahead_table(results), re.MULTILINE)
 
 
 @pytest.mark.parametrize("method", ["distillation", "BERT-of-Theseus", "LayerDrop", "modular"])
