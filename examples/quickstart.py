@@ -99,8 +99,8 @@ class QuickstartArguments:
     targets: Literal["beams", "labels"] | None = field(
         default=None,
         metadata={
-            "help": "What the bank is trained to say: what the teacher makes of the training texts by beam search, which takes its time "
-            "and is better, or their labels. By default beams, but labels on the built-in task, where the teacher says the same."
+            "help": "What the bank is trained to say: labels, or beams, what the teacher makes of the training texts by beam search, "
+            "first. By default beams, but labels on the built-in task, where the teacher says the same."
         },
     )
     max_steps: int = field(default=400, metadata={"help": "Training steps of the bank."})
@@ -140,27 +140,27 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     say("Reading the data" if args.teacher else "Making the built-in task: amounts and dates in words, English to German")
-    splits = load_splits(args)
-    sources, targets = pairs_of(splits["test"], args).head(args.max_test_examples)
+    train, validation, test = load_pairs(args)
+    sources, targets = test.head(args.max_test_examples)
     for source, target in zip(sources[:3], targets[:3], strict=True):
         print(f"    {source}  ->  {target}")
 
     say(f"Loading the teacher {args.teacher}" if args.teacher else f"Training a teacher: a T5 with 6+6 layers, {args.teacher_steps} steps")
-    teacher, tokenizer = load_teacher(args) if args.teacher else train_teacher(splits["train"], args)
+    teacher, tokenizer = load_teacher(args) if args.teacher else train_teacher(train, args)
     bank = ModularT5ForConditionalGeneration.from_t5(teacher).to("cuda" if torch.cuda.is_available() else "cpu")
     plans = standard_sizes(bank.shape)
 
     say(f"Evaluating {len(plans)} plans before training: layers dropped, nothing learned")
     untrained = {name: evaluate(bank, name, plan, tokenizer, sources, targets, args) for name, plan in plans.items()}
 
-    train_pairs = pairs_of(splits["train"], args)
     if args.targets == "beams":
-        say(f"Decoding {len(train_pairs.sources)} training texts with the teacher, four beams")
-        beams = texts_of(bank, tokenizer, train_pairs.sources, args, num_beams=4, description="Decoding")
-        train_pairs = Pairs(train_pairs.sources, beams)
+        say(f"Decoding {len(train.sources)} training texts with the teacher, four beams")
+        train = Pairs(train.sources, texts_of(bank, tokenizer, train.sources, args, num_beams=4, description="Decoding"))
 
     say(f"Training the bank once, {args.max_steps} steps")
-    trainer = train_bank(bank, tokenizer, train_pairs, pairs_of(splits["validation"], args), plans, args)
+    trainer = train_bank(bank, tokenizer, train, validation, plans, args)
+    record = trainer.training_record()
+    record["arguments"]["targets"] = args.targets
     bank.save_pretrained(out / "bank")
     example = bank.choose_plan("size-first", min(2, bank.shape.largest_ratio))
     small = bank.assemble(example)
@@ -191,6 +191,7 @@ def main() -> None:
         seed=args.seed,
         seconds=round(seconds),
         peak_memory_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),  # Linux counts kilobytes
+        targets=args.targets,
         validation_loss=validation_loss,
         test_examples=len(sources),
         decoding="greedy",
@@ -207,7 +208,7 @@ def main() -> None:
     }
     name = f"{args.namespace}/modular-t5-{out.name}"
     cards = {
-        "bank": bank_card(bank, name, picture=PICTURE_FILE, training=trainer.training_record(), **told),
+        "bank": bank_card(bank, name, picture=PICTURE_FILE, training=record, **told),
         "assembled": assembled_card(small, f"{name}-{'-'.join(map(str, example.depths))}", **told),
     }
     for folder, card in cards.items():
@@ -218,18 +219,25 @@ def main() -> None:
     print(NEXT.format(out=out, name=name, plan=example, source=sources[0].replace('"', "'")))
 
 
+def load_pairs(args: QuickstartArguments) -> tuple[Pairs, Pairs, Pairs]:
+    """Train, validation and test; of one's own training examples, at random, as many as the steps take."""
+    splits = dict(load_splits(args))
+    taken = args.max_steps * args.batch_size
+    if args.teacher and len(splits["train"]) > taken:
+        splits["train"] = splits["train"].shuffle(args.seed).select(range(taken))
+    languages = (args.source_lang, args.target_lang)
+    train, validation, test = (Pairs.of(splits[name], *languages, prefix=args.source_prefix) for name in ("train", "validation", "test"))
+    return train, validation, test
+
+
 def load_splits(args: QuickstartArguments) -> Mapping[str, Dataset]:
-    """Train, validation and test of the built-in task, of files, or of a dataset of the Hub."""
+    """Of the built-in task, of files, or of a dataset of the Hub."""
     if args.dataset_name:
         return load_dataset(args.dataset_name, args.dataset_config_name)
     if args.train_file:
         return load_dataset("json", data_files={"train": args.train_file, "validation": args.validation_file, "test": args.test_file})
     made = written_numbers.make_splits(train=40_000, validation=500, test=500, seed=args.seed)
     return {name: Dataset.from_list(examples) for name, examples in made.items()}
-
-
-def pairs_of(split: Dataset, args: QuickstartArguments) -> Pairs:
-    return Pairs.of(split, args.source_lang, args.target_lang, prefix=args.source_prefix)
 
 
 def tokenized(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, args: QuickstartArguments) -> Dataset:
@@ -259,9 +267,8 @@ def load_teacher(args: QuickstartArguments) -> tuple[PreTrainedModel, PreTrained
     return teacher, AutoTokenizer.from_pretrained(args.teacher)
 
 
-def train_teacher(train_split: Dataset, args: QuickstartArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def train_teacher(pairs: Pairs, args: QuickstartArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A tokenizer and a T5 for the built-in task, from nothing."""
-    pairs = pairs_of(train_split, args)
     english, german = pairs.head(4000)
     tokenizer = written_numbers.train_tokenizer(english + german)
     teacher = T5ForConditionalGeneration(written_numbers.teacher_config(len(tokenizer)))
@@ -280,12 +287,12 @@ def train_teacher(train_split: Dataset, args: QuickstartArguments) -> tuple[PreT
 def train_bank(
     bank: ModularT5ForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
-    train_pairs: Pairs,
-    validation_pairs: Pairs,
+    train: Pairs,
+    validation: Pairs,
     plans: Mapping[str, AssemblyPlan],
     args: QuickstartArguments,
 ) -> ModularTrainer:
-    """The one training, with what won the comparison of `benchmarks/compare` beyond the trainer's defaults."""
+    """The one training, with attention and embeddings as in `benchmarks/compare`."""
     trainer = ModularTrainer(
         model=bank,
         args=ModularTrainingArguments(
@@ -298,8 +305,8 @@ def train_bank(
             eval_strategy="no" if args.eval_steps is None else "steps",
             eval_steps=args.eval_steps,
         ),
-        train_dataset=tokenized(train_pairs, tokenizer, args),
-        eval_dataset=tokenized(validation_pairs, tokenizer, args),
+        train_dataset=tokenized(train, tokenizer, args),
+        eval_dataset=tokenized(validation, tokenizer, args),
         processing_class=tokenizer,
     )
     trainer.train()

@@ -42,7 +42,7 @@ TABLE_FILE, PICTURE_FILE = "table.md", "picture.png"
 _MODULAR_DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(ModularTrainingArguments)
-    if field.default is None or isinstance(field.default, str | float | int)
+    if isinstance(field.default, str | float | int | None)
 }
 
 # Of the package, what the outcome of a run does not depend on.

@@ -162,8 +162,12 @@ class Workshop:
             raise ValueError(f"unknown targets {run.own['targets']!r}; choose one of {', '.join(TARGETS)}")
         if arguments_class is None:
             return None
+        arguments = {**self.training, **run.arguments, "output_dir": str(run.folder), "seed": run.seed}
+        if arguments.get("attention_weight"):
+            # By default of the same spans for all methods: those that are the coarsest of a bank of all granularities.
+            arguments.setdefault("attention_min_span", min(max(of_side) for of_side in self.shape.granularities.values() if of_side))
         try:
-            return arguments_class(**{**self.training, **run.arguments, "output_dir": str(run.folder), "seed": run.seed})
+            return arguments_class(**arguments)
         except TypeError as error:
             raise ValueError(f"the arguments of {run.method!r} do not fit its trainer: {error}") from error
 
@@ -281,7 +285,7 @@ METHODS: dict[str, Method] = {
     ),
     "distillation": Method(
         _distilled,
-        "layers of the teacher, trained on the teacher's beams, predictions, hidden states and attention",
+        "layers of the teacher, trained on the teacher's beams, predictions, hidden states and, at the smallest size, attention",
         DistillationArguments,
         {"learning_rate": 1e-3, "targets": "beams", "attention_weight": 1.0},
     ),

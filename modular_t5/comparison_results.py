@@ -19,8 +19,7 @@ def scored(rows: Mapping[str, Any], teacher: Mapping[str, list[str]], references
 
     Returns:
         `metrics`, the scores' signatures; `teacher`, its scores by decoding; `rows`, with `scores` by plan and decoding; `ahead`, of every
-        method of one training for all sizes, by plan and decoding: how far it is ahead of the best of those of a training a size, as a mean
-        and for each seed.
+        method of one training for all sizes, by plan and decoding: how far it is ahead of the best of those of a training a size.
     """
     of_teacher = {decoding: scores_of(texts, references) for decoding, texts in teacher.items()}
     samples = {
@@ -57,7 +56,6 @@ def scored(rows: Mapping[str, Any], teacher: Mapping[str, list[str]], references
             "of": best,
             "BLEU": by,
             "interval": interval,
-            "BLEU_of_seeds": [its - that for its, that in zip(ours.of_seeds, samples[best, plan, decoding].of_seeds, strict=True)],
         }
     return {"metrics": signatures(), "teacher": of_teacher, "rows": scored_rows, "ahead": ahead}
 
@@ -120,11 +118,13 @@ def ahead_table(results: Mapping[str, Any], decoding: str = "greedy") -> str:
     best = {plan: of[decoding]["of"] for of_method in results["ahead"].values() for plan, of in of_method.items()}
     rows = [["*best of one training a size*", *(f"*{best[plan]}*" if plan in best else "" for plan in plans)]] if best else []
     for name, of_method in results["ahead"].items():
-        ahead = {plan: of[decoding] for plan, of in of_method.items()}
-        means = {plan: "{:+.2f} ({:+.2f} to {:+.2f})".format(of["BLEU"], *of["interval"]) for plan, of in ahead.items()}
-        of_seeds = {plan: ", ".join(map("{:+.2f}".format, of["BLEU_of_seeds"])) for plan, of in ahead.items()}
+        means, of_seeds = {}, {}
+        for plan, of in of_method.items():
+            means[plan] = "{:+.2f} ({:+.2f} to {:+.2f})".format(of[decoding]["BLEU"], *of[decoding]["interval"])
+            ours, best_ones = (results["rows"][method]["scores"][plan][decoding]["BLEU_of_seeds"] for method in (name, of[decoding]["of"]))
+            of_seeds[plan] = ", ".join(f"{its - that:+.2f}" for its, that in zip(ours, best_ones, strict=True))
         rows.append([name, *(means.get(plan, "") for plan in plans)])
-        if any(len(of["BLEU_of_seeds"]) > 1 for of in ahead.values()):
+        if any("," in differences for differences in of_seeds.values()):
             rows.append([f"{name}, each seed", *(of_seeds.get(plan, "") for plan in plans)])
     return markdown_table(["ahead by, BLEU", *plans.values()], rows)
 

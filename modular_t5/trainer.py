@@ -69,8 +69,8 @@ class ModularTrainer(CheckpointingTrainer):
 
     The loss of a plan is the weighted sum of the task's cross-entropy (`task_loss` in the log), the KL divergence from the teacher's
     predictions (`logit_loss`), the error of the hidden state at the end of every span whose module learns (`hidden_loss`) and, if asked
-    for, that of the module's attention probabilities (`attention_loss`). All are means over the tokens of the whole step, however it is
-    cut into batches and processes; but of the encoder's states and attention a batch counts by its target tokens.
+    for, that of the attention probabilities of the coarsest modules (`attention_loss`). All are means over the tokens of the whole step,
+    however it is cut into batches and processes; but of the encoder's states and attention a batch counts by its target tokens.
 
     `evaluate` runs `eval_plans`: `eval_<plan>_loss` and metrics of each, and `eval_loss` and metrics that are means over the plans.
     `predict` runs the bank's own plan. Checkpoints hold the modules without the teacher, and appear whole or not at all;

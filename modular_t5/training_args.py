@@ -36,15 +36,16 @@ class DistillationArguments(Seq2SeqTrainingArguments):
     attention_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the squared error of attention probabilities, those of every module, or of a student's blocks. Above 0, "
-            "attention runs in eager mode, and what learns has no dropout of its own there."
+            "help": "Weight of the squared error of attention probabilities, those of the modules, or of a student's blocks, that "
+            "attention_min_span says. Above 0, attention runs in eager mode, and what learns has no dropout of its own there."
         },
     )
     attention_min_span: int | None = field(
         default=None,
         metadata={
             "help": "With attention_weight, how many layers a module or block stands for at least whose attention is compared; by default "
-            "as many as the coarsest of its side. In the log, a plan without any counts as 0."
+            "as many as the coarsest of a bank's side, or as a student's longest if that is more than one. In the log, a plan without any "
+            "counts as 0."
         },
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL divergence; above 0."})

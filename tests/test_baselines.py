@@ -20,8 +20,8 @@ from modular_t5.training_args import DistillationArguments
 PLAN = AssemblyPlan.from_any("2x3/3x2")
 
 
-def distilling(folder, teacher, student, **changes):
-    given = {} if teacher is None else {"teacher": teacher, "plan": PLAN}
+def distilling(folder, teacher, student, plan=PLAN, **changes):
+    given = {} if teacher is None else {"teacher": teacher, "plan": plan}
     if teacher is None:
         changes = {"logit_weight": 0.0, "hidden_weight": 0.0, **changes}
     return make_trainer(
@@ -52,14 +52,22 @@ def test_its_loss_is_that_of_a_bank_that_runs_the_same_size(span, tmp_path, monk
         torch.testing.assert_close(trainer.compute_loss(student, batch), modular.compute_loss(bank, batch))
 
 
-@pytest.mark.parametrize(("span", "compared"), [(1, 3 + 2 * 2), (3, 2 * 2), (4, 0), (None, 3 + 2 * 2)])
-def test_attention_is_compared_of_blocks_that_stand_for_enough_layers(span, compared, tmp_path, monkeypatch):
-    bank, seen = make_bank(), []
+@pytest.mark.parametrize(
+    ("plan", "span", "compared"),
+    [
+        (PLAN, 1, 3 + 2 * 2),  # the encoder's own; the decoder's own and across
+        (PLAN, 3, 2 * 2),
+        (PLAN, 4, 0),
+        ("1x6/1x4-2x1", 1, 6 + 5 * 2),
+        ("1x6/1x4-2x1", None, 1 * 2),
+        ("1x3-3x1/2x3", None, 1 + 3 * 2),
+    ],
+)
+def test_attention_is_compared_of_blocks_that_stand_for_enough_layers(plan, span, compared, tmp_path, monkeypatch):
+    bank, seen, plan = make_bank(), [], AssemblyPlan.from_any(plan)
     monkeypatch.setattr(modular_t5.baselines, "attention_loss", lambda *maps: seen.append(maps) or maps[0].sum())
-    trainer = distilling(
-        tmp_path, bank.assemble("1x6/1x6"), bank.assemble(PLAN), attention_weight=1.0, attention_min_span=span, max_steps=1
-    )
-    trainer.train()
+    dials = {"attention_weight": 1.0, "attention_min_span": span, "max_steps": 1}
+    distilling(tmp_path, bank.assemble("1x6/1x6"), bank.assemble(plan), plan, **dials).train()
     assert len(seen) == compared
 
 
@@ -79,7 +87,7 @@ def test_attention_maps_of_the_student_are_compared_without_dropout(tmp_path, mo
 
     monkeypatch.setattr(modular_t5.baselines, "attention_loss", note)
     distilling(tmp_path, bank.assemble("1x6/1x6"), bank.assemble(PLAN), attention_weight=1.0, max_steps=1).train()
-    assert len(seen) == 3 + 2 * 2  # the encoder's own; the decoder's own and across
+    assert len(seen) == 3 + 2 * 2
     for maps in seen:
         assert torch.allclose(maps.sum(-1), torch.ones(()))
 

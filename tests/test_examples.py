@@ -86,10 +86,15 @@ def test_on_a_teacher_and_data_of_ones_own(given_as, tmp_path, pico_tokenizer, m
     as_files = [argument for name in SPLITS for argument in (f"--{name}_file", data / f"{name}.jsonl")]
     given = as_files if given_as == "files" else ["--dataset_name", data]
     languages = ["--source_lang", "fr", "--target_lang", "nl", "--source_prefix", "translate: "]
-    done = quickstart(tmp_path, "--teacher", tmp_path / "teacher", *given, *languages, "--max_steps", 3, "--max_target_length", 8)
+    done = quickstart(
+        tmp_path, "--teacher", tmp_path / "teacher", *given, *languages, "--max_steps", 3, "--batch_size", 8, "--max_target_length", 8
+    )
     results = check_output(tmp_path, done, sizes=10, monkeypatch=monkeypatch)
     assert results["metric"] == "BLEU"
     assert results["test_examples"] == 8
+    assert "Decoding 24 training texts with the teacher" in done.stdout  # as many as the steps take
+    assert results["targets"] == "beams"
+    assert "| `targets` | beams |" in (tmp_path / "out" / "bank" / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -97,6 +102,34 @@ def test_with_nothing_but_the_package(tmp_path, monkeypatch):
     done = quickstart(tmp_path, "--max_steps", 20, "--teacher_steps", 20)
     results = check_output(tmp_path, done, sizes=10, monkeypatch=monkeypatch)
     assert results["metric"] == "exact match"
+    assert results["targets"] == "labels"
+    assert "Decoding" not in done.stdout
+
+
+def test_a_bank_is_trained_to_say_what_the_teacher_says(tmp_path, pico_translation, monkeypatch):
+    import quickstart as module
+
+    texts = [f"number {number}" for number in range(2)]
+    trained = []
+
+    def train_bank(bank, tokenizer, train, *rest):
+        trained.append(train)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "evaluate", lambda *_: {})
+    monkeypatch.setattr(module, "train_bank", train_bank)
+    monkeypatch.setattr(module, "generate_texts", lambda model, tokenizer, sources, num_beams, **_: texts if num_beams == 4 else None)
+    files = [word for name in SPLITS for word in (f"--{name}_file", str(pico_translation / "train.jsonl"))]
+    given = ["--teacher", str(pico_translation / "teacher"), *files, "--max_steps", "1", "--batch_size", "2"]
+    for targets in ([], ["--targets", "labels"]):
+        monkeypatch.setattr(sys, "argv", ["quickstart.py", *given, *targets, "--output_dir", str(tmp_path)])
+        with pytest.raises(KeyboardInterrupt):
+            module.main()
+    of_beams, of_labels = trained
+    assert of_beams.sources == of_labels.sources
+    assert of_beams.targets == texts
+    assert len(of_labels.targets) == 2
+    assert not set(of_labels.targets) & set(texts)
 
 
 @pytest.mark.parametrize(

@@ -482,7 +482,8 @@ def test_without_distillation_no_teacher_runs(tmp_path):
 
 
 def test_attention_maps_are_learned_and_said_once_to_need_eager_attention(tmp_path, caplog):
-    trainer = make_trainer(tmp_path, attention_weight=10.0, max_steps=30, learning_rate=3e-3, teacher_fed_ratio=0.0)
+    attention = {"attention_weight": 10.0, "attention_min_span": 1}
+    trainer = make_trainer(tmp_path, max_steps=30, learning_rate=3e-3, teacher_fed_ratio=0.0, **attention)
     implementations = []
     trainer.add_callback(Noting(lambda: implementations.append(trainer.model.encoder.config._attn_implementation)))
     with caplog.at_level("WARNING"), propagating("modular_t5"):
@@ -505,7 +506,11 @@ def test_attention_of_modules_that_the_bank_does_not_have(tmp_path, caplog):
     for of_some in ({}, {"attention_min_span": 6}):
         with pytest.raises(ValueError, match="attention_weight alone leaves modules below attention_min_span, by default all but"):
             make_trainer(tmp_path, **alone, **of_some)
-    assert make_trainer(tmp_path, **alone, attention_min_span=1).args.learns_from_attention_alone
+    trainer = make_trainer(tmp_path, **alone, attention_min_span=1, max_steps=1)
+    trainer.train()
+    (loss,) = logged(trainer, "loss")
+    assert loss == pytest.approx(*logged(trainer, "attention_loss"))
+    assert loss > 0
 
 
 def test_by_default_the_coarsest_modules_of_each_side_learn_from_attention(tmp_path, monkeypatch):
