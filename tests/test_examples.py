@@ -99,7 +99,7 @@ def test_on_a_teacher_and_data_of_ones_own(given_as, tmp_path, pico_tokenizer, m
 
 @pytest.mark.slow
 def test_with_nothing_but_the_package(tmp_path, monkeypatch):
-    done = quickstart(tmp_path, "--max_steps", 20, "--teacher_steps", 20)
+    done = quickstart(tmp_path, "--max_steps", 20, "--teacher_steps", 20, "--max_test_examples", 50)
     results = check_output(tmp_path, done, sizes=10, monkeypatch=monkeypatch)
     assert results["metric"] == "exact match"
     assert results["targets"] == "labels"
