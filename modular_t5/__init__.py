@@ -2,7 +2,8 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
-from .assembly_modular_t5 import STRATEGIES, AssemblyPlan, BankShape, PlanReport
+from .assembly_modular_t5 import AssemblyPlan
+from .choosing_modular_t5 import STRATEGIES, BankShape, PlanReport
 from .configuration_modular_t5 import ModularT5Config
 from .model_card import assembled_card, bank_card
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration

@@ -1,4 +1,4 @@
-"""Which sizes a bank can take, and the order in which a strategy takes them. Pure arithmetic, no torch.
+"""Which sizes a bank can take: plans, their notation, and the tilings they are made of. Pure arithmetic, no torch.
 
 A *side* (encoder or decoder) of `n` layers is tiled by *spans*: 1 is an original layer, a granularity `s` is the module that
 stands in for `s` consecutive original layers and therefore starts at a multiple of `s`. An `AssemblyPlan` holds one tiling a side.
@@ -7,20 +7,19 @@ Source: "Modular Transformers: Compressing Transformers into Modularized Layers 
 Choi, Findings of ACL 2023, arXiv 2306.02379.
 """
 
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Integral, Real
-from typing import Any, NamedTuple
+from numbers import Integral
+from typing import Any
 
 
 SIDES = ("encoder", "decoder")
 MAX_LAYERS = 256  # a side; the deepest public T5 has 48
 
 _RUN = re.compile(r"([1-9]\d{0,2})x([1-9]\d{0,2})")
-_PLAN_EXAMPLE = "'1x6-2x3/4x3' (encoder: six original layers, three modules of granularity 2; decoder: three of granularity 4)"
+PLAN_EXAMPLE = "'1x6-2x3/4x3' (encoder: six original layers, three modules of granularity 2; decoder: three of granularity 4)"
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class AssemblyPlan:
         """The plan that `text` writes down: `<encoder>/<decoder>`, each side runs of `<span>x<count>` joined by `-`."""
         sides = text.split("/") if isinstance(text, str) else ()
         if len(sides) != 2:
-            raise ValueError(f"a plan has two sides, encoder/decoder, like {_PLAN_EXAMPLE}; got {text!r}")
+            raise ValueError(f"a plan has two sides, encoder/decoder, like {PLAN_EXAMPLE}; got {text!r}")
         return cls(*(_parsed_spans(side, text) for side in sides))
 
     @classmethod
@@ -57,7 +56,7 @@ class AssemblyPlan:
             return cls.parse(plan)
         if isinstance(plan, Mapping) and set(plan) == set(SIDES):
             return cls(plan["encoder"], plan["decoder"])
-        raise ValueError(f"a plan is an AssemblyPlan, a string like {_PLAN_EXAMPLE}, or a mapping of both sides; got {plan!r}")
+        raise ValueError(f"a plan is an AssemblyPlan, a string like {PLAN_EXAMPLE}, or a mapping of both sides; got {plan!r}")
 
     def to_dict(self) -> dict[str, list[int]]:
         """The JSON form: two lists of integers."""
@@ -113,7 +112,7 @@ def _parsed_spans(side: str, text: str) -> tuple[int, ...]:
     for run in side.split("-"):
         match = _RUN.fullmatch(run)
         if match is None:
-            raise ValueError(f"{run!r} in the plan {text!r} is not <span>x<count>; a plan looks like {_PLAN_EXAMPLE}")
+            raise ValueError(f"{run!r} in the plan {text!r} is not <span>x<count>; a plan looks like {PLAN_EXAMPLE}")
         span, count = map(int, match.groups())
         if len(spans) + count > MAX_LAYERS:
             raise ValueError(f"the {side} of a plan has at most {MAX_LAYERS} spans; {text[:60]!r}... has more")
@@ -191,123 +190,3 @@ def canonical_tilings(num_layers: int, granularities: tuple[int, ...]) -> dict[i
                 if incumbent is None or candidate < incumbent:
                     best[start][depth + 1] = candidate
     return {depth: best[0][depth][1] for depth in sorted(best[0], reverse=True)}
-
-
-def _size_first(encoder_depths: list[int], decoder_depths: list[int]) -> Iterator[tuple[int, int]]:
-    encoder, decoder = 0, 0
-    yield encoder_depths[0], decoder_depths[0]
-    while encoder + 1 < len(encoder_depths) or decoder + 1 < len(decoder_depths):
-        if decoder + 1 < len(decoder_depths):
-            decoder += 1
-            yield encoder_depths[encoder], decoder_depths[decoder]
-        if encoder + 1 < len(encoder_depths):
-            encoder += 1
-            yield encoder_depths[encoder], decoder_depths[decoder]
-
-
-def _speed_first(encoder_depths: list[int], decoder_depths: list[int]) -> Iterator[tuple[int, int]]:
-    for decoder in decoder_depths:
-        yield encoder_depths[0], decoder
-    for encoder in encoder_depths[1:]:
-        yield encoder, decoder_depths[-1]
-
-
-class Strategy(NamedTuple):
-    """A path of `(encoder depth, decoder depth)` from the teacher to the smallest plan, given each side's depths, deepest first."""
-
-    path: Callable[[list[int], list[int]], Iterator[tuple[int, int]]]
-    description: str
-
-
-STRATEGIES: dict[str, Strategy] = {
-    "size-first": Strategy(_size_first, "shrinks both sides in turn, decoder first: the most quality for a size"),
-    "speed-first": Strategy(_speed_first, "shrinks the decoder to its end, then the encoder: the decoder runs once a token"),
-}
-
-
-class PlanReport(NamedTuple):
-    """What a plan costs. Layer parameters are those of the blocks; total adds embeddings, position biases, final norms, head."""
-
-    plan: AssemblyPlan
-    layer_ratio: float
-    total_ratio: float
-    layer_parameters: int
-    total_parameters: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class BankShape:
-    """The counts of a bank that choosing a plan needs; mappings have the keys `encoder` and `decoder`.
-
-    Args:
-        num_layers: original layers a side.
-        granularities: of each side, ascending.
-        block_parameters: parameters of one block a side, without the relative position bias.
-        shared_parameters: what every plan has: embeddings, relative position biases, final norms, an untied head.
-        bytes_per_parameter: 4 for float32, 2 for bfloat16.
-        own_head_parameters: what a plan with modules in the decoder has on top, where the bank trained a head of its own.
-    """
-
-    num_layers: Mapping[str, int]
-    granularities: Mapping[str, tuple[int, ...]]
-    block_parameters: Mapping[str, int]
-    shared_parameters: int
-    bytes_per_parameter: int = 4
-    own_head_parameters: int = 0
-
-    @property
-    def teacher(self) -> AssemblyPlan:
-        """All original layers."""
-        return teacher_plan(self.num_layers)
-
-    def check(self, plan: AssemblyPlan) -> AssemblyPlan:
-        """`plan`, if this bank can run it; else a `ValueError` that says what is wrong."""
-        return checked_plan(plan, self.num_layers, self.granularities)
-
-    @property
-    def largest_ratio(self) -> float:
-        """Of the smallest plan, at which every strategy ends."""
-        smallest = (min(canonical_tilings(self.num_layers[side], tuple(self.granularities[side])).items())[1] for side in SIDES)
-        return self.report(AssemblyPlan(*smallest)).layer_ratio
-
-    def path(self, strategy: str) -> list[AssemblyPlan]:
-        """The plans of a strategy, from the teacher to the smallest; raises `ValueError` for an unknown strategy."""
-        if strategy not in STRATEGIES:
-            choices = ", ".join(f"{name!r} ({row.description})" for name, row in STRATEGIES.items())
-            raise ValueError(f"unknown strategy {strategy!r}; choose one of {choices}, or write a plan like {_PLAN_EXAMPLE}")
-        encoder, decoder = (canonical_tilings(self.num_layers[side], tuple(self.granularities[side])) for side in SIDES)
-        depths = STRATEGIES[strategy].path(list(encoder), list(decoder))
-        return [AssemblyPlan(encoder[encoder_depth], decoder[decoder_depth]) for encoder_depth, decoder_depth in depths]
-
-    def report(self, plan: AssemblyPlan) -> PlanReport:
-        """Parameters, bytes and ratios of a plan."""
-        layers, teacher_layers = (
-            sum(len(each.spans(side)) * self.block_parameters[side] for side in SIDES) for each in (self.check(plan), self.teacher)
-        )
-        own_head = self.own_head_parameters if set(plan.decoder) != {1} else 0
-        total, teacher_total = layers + self.shared_parameters + own_head, teacher_layers + self.shared_parameters
-        return PlanReport(plan, teacher_layers / layers, teacher_total / total, layers, total, total * self.bytes_per_parameter)
-
-    def choose(self, strategy: str, ratio: float) -> AssemblyPlan:
-        """The first plan of a strategy's path whose layer ratio (teacher's layer parameters / its own) reaches `ratio`.
-
-        Raises `ValueError` for an unknown strategy and for a ratio that is not a number, below 1, or above the bank's largest.
-        """
-        plans = self.path(strategy)
-        if not isinstance(ratio, Real) or isinstance(ratio, bool) or not 1 <= ratio <= self.largest_ratio:
-            largest = math.floor(10_000 * self.largest_ratio) / 10_000  # rounded up, it would be refused itself
-            raise ValueError(f"ratio must be a number from 1 (the teacher) to {largest:.12g} ({plans[-1]}), got {ratio!r}")
-        return next(plan for plan in plans if self.report(plan).layer_ratio >= ratio)
-
-
-def resolve_plan(shape: BankShape, strategy: PlanLike, ratio: float | None = None) -> AssemblyPlan:
-    """A strategy's name with a ratio, or a plan without one, as a plan that the bank of this shape can run.
-
-    Raises `ValueError` if neither fits; the message holds the choices.
-    """
-    if isinstance(strategy, str) and "/" not in strategy:
-        return shape.choose(strategy, ratio)
-    if ratio is not None:
-        raise ValueError(f"a ratio goes with a strategy ({', '.join(STRATEGIES)}); the plan {strategy} already fixes the size")
-    return shape.check(AssemblyPlan.from_any(strategy))

@@ -16,7 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 from transformers.utils import CONFIG_NAME
 
-from .assembly_modular_t5 import SIDES, STRATEGIES, PlanReport, canonical_tilings, resolve_plan
+from .assembly_modular_t5 import SIDES, canonical_tilings
+from .choosing_modular_t5 import STRATEGIES, PlanReport, resolve_plan
 from .comparison import Comparison, ComparisonArguments
 from .comparison_results import tables
 from .configuration_modular_t5 import ModularT5Config

@@ -23,7 +23,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, T5ForConditionalGeneration
 
-from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
+from .assembly_modular_t5 import SIDES, AssemblyPlan
+from .choosing_modular_t5 import BankShape
 from .comparison_methods import ABLATIONS, METHODS, ROWS, Run, Spent, Workshop, arguments_of, folder_name
 from .comparison_results import plot, scored, tables
 from .frontier import environment, figure_class, generate_texts, measure_speed, write_json

@@ -20,8 +20,9 @@ from transformers import (
     set_seed,
 )
 
-from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape, tilings
+from .assembly_modular_t5 import SIDES, AssemblyPlan, tilings
 from .baselines import DistillationTrainer, LayerDropTrainer, set_dropout
+from .choosing_modular_t5 import BankShape
 from .frontier import write_json
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .trainer import ModularTrainer

@@ -21,7 +21,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .assembly_modular_t5 import AssemblyPlan, BankShape, PlanReport
+from .assembly_modular_t5 import AssemblyPlan
+from .choosing_modular_t5 import BankShape, PlanReport
 
 
 _SECRET = re.compile("token|secret|password|key", re.IGNORECASE)

@@ -7,7 +7,8 @@ say what all tensors of a bank are called and how large they are; these function
 
 from collections.abc import Iterable, Mapping
 
-from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
+from .assembly_modular_t5 import SIDES, AssemblyPlan
+from .choosing_modular_t5 import BankShape
 from .configuration_modular_t5 import INITIALIZATIONS, OWN_PARTS, ModularT5Config
 
 

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, MT5ForConditionalGeneration, PreTrain
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from .assembly_modular_t5 import BankShape
+from .choosing_modular_t5 import BankShape
 from .configuration_modular_t5 import ModularT5Config, stock_config
 from .layout_modular_t5 import EMBEDDINGS, HEAD, SHARED, bank_shape, initial_name, is_bank_tensor, own_part_of, shaped_like, tensor_names
 from .storage_modular_t5 import HUB_ARGUMENTS, StoredTensors, fingerprint

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import T5Config, T5ForConditionalGeneration
 
-from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape, PlanReport
+from .assembly_modular_t5 import SIDES, AssemblyPlan
+from .choosing_modular_t5 import BankShape, PlanReport
 from .configuration_modular_t5 import ModularT5Config
 from .frontier import PICTURE_FILE, RESULTS_FILE, Frontier, FrontierPoint, markdown_table, standard_sizes
 from .loading_modular_t5 import hub_teacher

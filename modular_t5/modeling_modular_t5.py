@@ -22,7 +22,8 @@ from transformers import GenerationConfig, MT5ForConditionalGeneration, PreTrain
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.t5.modeling_t5 import T5Block, T5Stack
 
-from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape, PlanLike, PlanReport, resolve_plan
+from .assembly_modular_t5 import SIDES, AssemblyPlan, PlanLike
+from .choosing_modular_t5 import BankShape, PlanReport, resolve_plan
 from .configuration_modular_t5 import INITIALIZATIONS, ModularT5Config, stock_config, t5_fields
 from .layout_modular_t5 import (
     bank_shape,

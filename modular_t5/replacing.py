@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
+from .assembly_modular_t5 import SIDES, AssemblyPlan
+from .choosing_modular_t5 import BankShape
 
 
 class Schedule(NamedTuple):

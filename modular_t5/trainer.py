@@ -21,8 +21,9 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from .adapters import add_adapters
-from .assembly_modular_t5 import SIDES, AssemblyPlan, BankShape
+from .assembly_modular_t5 import SIDES, AssemblyPlan
 from .checkpoints import CheckpointingTrainer
+from .choosing_modular_t5 import BankShape
 from .configuration_modular_t5 import OWN_PARTS, ModularT5Config
 from .distillation import weighed
 from .frontier import environment

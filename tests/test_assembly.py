@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from modular_t5 import STRATEGIES, AssemblyPlan, BankShape
-from modular_t5.assembly_modular_t5 import canonical_tilings, resolve_plan, tilings
+from modular_t5.assembly_modular_t5 import canonical_tilings, tilings
+from modular_t5.choosing_modular_t5 import resolve_plan
 
 
 GRANULARITIES = (2, 3, 4, 6)

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "modular_t5"
 # Each may import those before it.
 ROOMS = [
     "assembly_modular_t5",
+    "choosing_modular_t5",
     "configuration_modular_t5",
     "layout_modular_t5",
     "storage_modular_t5",
@@ -44,7 +45,7 @@ ROOMS = [
     "cli",
 ]
 SHIPPED = [room for room in ROOMS if room.endswith("_modular_t5")]
-PURE = ["assembly_modular_t5", "layout_modular_t5", "replacing"]
+PURE = ["assembly_modular_t5", "choosing_modular_t5", "layout_modular_t5", "replacing"]
 
 
 def imports_of(room):
