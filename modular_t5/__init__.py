@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from .assembly_modular_t5 import AssemblyPlan
-from .choosing_modular_t5 import STRATEGIES, BankShape, PlanReport
+from .choosing_modular_t5 import STRATEGIES, BankShape, Latency, PlanReport
 from .configuration_modular_t5 import ModularT5Config
 from .model_card import assembled_card, bank_card
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
@@ -23,6 +23,7 @@ __all__ = [
     "STRATEGIES",
     "AssemblyPlan",
     "BankShape",
+    "Latency",
     "ModularT5Config",
     "ModularT5ForConditionalGeneration",
     "ModularTrainer",

@@ -8,7 +8,7 @@ Choi, Findings of ACL 2023, arXiv 2306.02379.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral
@@ -164,29 +164,42 @@ def tilings(num_layers: int, granularities: Iterable[int]) -> Iterator[tuple[int
     return extend((), 0)
 
 
+def cheapest_tilings(
+    num_layers: int, granularities: Iterable[int], cost: Callable[[int, int], tuple[float, ...]]
+) -> dict[int, tuple[tuple[float, ...], tuple[int, ...]]]:
+    """`{number of blocks: (cost, tiling)}`, deepest first: for every depth that a side can take, the legal tiling that costs least.
+
+    Ties go to the lexicographically smallest tiling (coarse modules at the top of the stack). Solved from the top layer down: costs
+    add up, so the best tiling of the layers above is part of the best tiling.
+
+    Args:
+        cost: of the block that covers `span` layers from `start` on, as a tuple of numbers of one length; the first counts most.
+    """
+    spans = (1, *sorted(granularities))
+    # best[start][depth] is (cost, tiling) of the layers from `start` to the top with `depth` blocks
+    best: list[dict[int, tuple[tuple[float, ...], tuple[int, ...]]]] = [{} for _ in range(num_layers + 1)]
+    best[num_layers][0] = (tuple(0 for _ in cost(0, 1)), ())
+    for start in reversed(range(num_layers)):
+        for span in spans:
+            if start % span or start + span > num_layers:
+                continue
+            of_block = cost(start, span)
+            for depth, (above, tiling) in best[start + span].items():
+                candidate = (tuple(a + b for a, b in zip(above, of_block, strict=True)), (span, *tiling))
+                incumbent = best[start].get(depth + 1)
+                if incumbent is None or candidate < incumbent:
+                    best[start][depth + 1] = candidate
+    return {depth: best[0][depth] for depth in sorted(best[0], reverse=True)}
+
+
 @lru_cache
 def canonical_tilings(num_layers: int, granularities: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
     """`{number of blocks: canonical tiling}`, deepest first, for every depth that a side can take.
 
     Canonical is the legal tiling with that many blocks whose spans, sorted from coarse to fine, are lexicographically smallest
     (fine modules before coarse ones); ties go to the lexicographically smallest tuple (coarse modules at the top of the stack).
-
-    Solved from the top layer down. With the number of blocks fixed, "sorted spans are smallest" is "the counts of the coarsest,
-    the next coarsest, ... are smallest", and counts add up, so the best tiling of the layers above is part of the best tiling.
+    With the number of blocks fixed, that is: the counts of the coarsest, the next coarsest, ... are smallest.
     """
-    spans = (1, *sorted(granularities))
-    coarse_first = spans[::-1]
-    counts_of = {span: tuple(int(span == other) for other in coarse_first) for span in spans}
-    # best[start][depth] is (counts, tiling) of the layers from `start` to the top with `depth` blocks
-    best: list[dict[int, tuple[tuple[int, ...], tuple[int, ...]]]] = [{} for _ in range(num_layers + 1)]
-    best[num_layers][0] = (tuple(0 for _ in spans), ())
-    for start in reversed(range(num_layers)):
-        for span in spans:
-            if start % span or start + span > num_layers:
-                continue
-            for depth, (counts, tiling) in best[start + span].items():
-                candidate = (tuple(a + b for a, b in zip(counts, counts_of[span], strict=True)), (span, *tiling))
-                incumbent = best[start].get(depth + 1)
-                if incumbent is None or candidate < incumbent:
-                    best[start][depth + 1] = candidate
-    return {depth: best[0][depth][1] for depth in sorted(best[0], reverse=True)}
+    coarse_first = sorted((1, *granularities), reverse=True)
+    cheapest = cheapest_tilings(num_layers, granularities, lambda start, span: tuple(int(span == other) for other in coarse_first))
+    return {depth: tiling for depth, (_, tiling) in cheapest.items()}

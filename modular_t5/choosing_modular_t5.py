@@ -1,48 +1,53 @@
-"""Which of a bank's sizes to take: strategies, and what each size costs. Pure arithmetic, no torch."""
+"""Which of a bank's sizes to take: strategies, budgets, and what each size costs. Pure arithmetic, no torch."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
-from .assembly_modular_t5 import PLAN_EXAMPLE, SIDES, AssemblyPlan, PlanLike, canonical_tilings, checked_plan, teacher_plan
-
-
-def _size_first(encoder_depths: list[int], decoder_depths: list[int]) -> Iterator[tuple[int, int]]:
-    encoder, decoder = 0, 0
-    yield encoder_depths[0], decoder_depths[0]
-    while encoder + 1 < len(encoder_depths) or decoder + 1 < len(decoder_depths):
-        if decoder + 1 < len(decoder_depths):
-            decoder += 1
-            yield encoder_depths[encoder], decoder_depths[decoder]
-        if encoder + 1 < len(encoder_depths):
-            encoder += 1
-            yield encoder_depths[encoder], decoder_depths[decoder]
+from .assembly_modular_t5 import (
+    PLAN_EXAMPLE,
+    SIDES,
+    AssemblyPlan,
+    PlanLike,
+    canonical_tilings,
+    cheapest_tilings,
+    checked_plan,
+    teacher_plan,
+)
 
 
-def _speed_first(encoder_depths: list[int], decoder_depths: list[int]) -> Iterator[tuple[int, int]]:
-    for decoder in decoder_depths:
-        yield encoder_depths[0], decoder
-    for encoder in encoder_depths[1:]:
-        yield encoder, decoder_depths[-1]
+# Of each side and granularity, what each module costs in loss when it alone is in place.
+ModuleScores = Mapping[str, Mapping[int, Sequence[float]]]
 
 
-class Strategy(NamedTuple):
-    """A path of `(encoder depth, decoder depth)` from the teacher to the smallest plan, given each side's depths, deepest first."""
+@dataclass(frozen=True)
+class Latency:
+    """What generating for one batch takes on one machine: a part that every plan has, and a part for each block of a side.
 
-    path: Callable[[list[int], list[int]], Iterator[tuple[int, int]]]
-    description: str
+    Args:
+        base_ms: embeddings, head, search and everything else that no block does, in milliseconds.
+        block_ms: of one block a side, over the whole generation, with the keys `encoder` and `decoder`.
+        hardware: the machine that it was measured on.
+        request: what was measured: batch size, lengths in tokens, beams, and whatever else it depends on.
+    """
 
+    base_ms: float
+    block_ms: Mapping[str, float]
+    hardware: str = ""
+    request: Mapping[str, Any] | None = None
 
-STRATEGIES: dict[str, Strategy] = {
-    "size-first": Strategy(_size_first, "shrinks both sides in turn, decoder first: the most quality for a size"),
-    "speed-first": Strategy(_speed_first, "shrinks the decoder to its end, then the encoder: the decoder runs once a token"),
-}
+    def of(self, plan: AssemblyPlan) -> float:
+        """Milliseconds that a plan takes."""
+        return self.base_ms + sum(len(plan.spans(side)) * self.block_ms[side] for side in SIDES)
 
 
 class PlanReport(NamedTuple):
-    """What a plan costs. Layer parameters are those of the blocks; total adds embeddings, position biases, final norms, head."""
+    """What a plan costs. Layer parameters are those of the blocks; total adds embeddings, position biases, final norms, head.
+
+    Milliseconds and speed-up over the teacher are known where a `Latency` is given.
+    """
 
     plan: AssemblyPlan
     layer_ratio: float
@@ -50,6 +55,47 @@ class PlanReport(NamedTuple):
     layer_parameters: int
     total_parameters: int
     bytes: int
+    latency_ms: float | None = None
+    speedup: float | None = None
+
+
+class Budgets(TypedDict, total=False):
+    """The keywords of everything that chooses a size by a strategy; exactly one of them is given, or a ratio, beside `latency`.
+
+    Args:
+        max_parameters: all of them, embeddings included.
+        max_bytes: of those parameters.
+        min_speedup: over the teacher, by `latency`.
+        max_latency_ms: for the request that `latency` was measured with.
+        latency: what `measure_latency` returned.
+    """
+
+    max_parameters: int
+    max_bytes: int
+    min_speedup: float
+    max_latency_ms: float
+    latency: Latency
+
+
+class Limit(NamedTuple):
+    """What a budget bounds: which figure of a size, from below or from above, and how to say it."""
+
+    figure: Callable[[PlanReport], float | None]
+    at_least: bool
+    said: str
+
+    def met_by(self, report: PlanReport, bound: float) -> bool:
+        figure = self.figure(report)
+        return figure >= bound if self.at_least else figure <= bound
+
+
+LIMITS: dict[str, Limit] = {
+    "ratio": Limit(lambda report: report.layer_ratio, True, "a layer ratio of {:.12g}"),
+    "max_parameters": Limit(lambda report: report.total_parameters, False, "{:,} parameters"),
+    "max_bytes": Limit(lambda report: report.bytes, False, "{:,} bytes"),
+    "min_speedup": Limit(lambda report: report.speedup, True, "{:.4g} times the teacher's speed"),
+    "max_latency_ms": Limit(lambda report: report.latency_ms, False, "{:.4g} ms"),
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +109,9 @@ class BankShape:
         shared_parameters: what every plan has: embeddings, relative position biases, final norms, an untied head.
         bytes_per_parameter: 4 for float32, 2 for bfloat16.
         own_head_parameters: what a plan with modules in the decoder has on top, where the bank trained a head of its own.
+        wide_parameters: of one block a side, those that stay in float32 whatever the rest is in.
+        scores: of the modules, where they were calibrated.
+        latency: where it was measured.
     """
 
     num_layers: Mapping[str, int]
@@ -71,6 +120,9 @@ class BankShape:
     shared_parameters: int
     bytes_per_parameter: int = 4
     own_head_parameters: int = 0
+    wide_parameters: Mapping[str, int] | None = None
+    scores: ModuleScores | None = None
+    latency: Latency | None = None
 
     @property
     def teacher(self) -> AssemblyPlan:
@@ -82,48 +134,167 @@ class BankShape:
         return checked_plan(plan, self.num_layers, self.granularities)
 
     @property
-    def largest_ratio(self) -> float:
-        """Of the smallest plan, at which every strategy ends."""
-        smallest = (min(canonical_tilings(self.num_layers[side], tuple(self.granularities[side])).items())[1] for side in SIDES)
-        return self.report(AssemblyPlan(*smallest)).layer_ratio
+    def canonical(self) -> dict[str, dict[int, tuple[int, ...]]]:
+        """The canonical tilings of each side by depth, deepest first."""
+        return {side: canonical_tilings(self.num_layers[side], tuple(self.granularities[side])) for side in SIDES}
 
-    def path(self, strategy: str) -> list[AssemblyPlan]:
-        """The plans of a strategy, from the teacher to the smallest; raises `ValueError` for an unknown strategy."""
+    @property
+    def smallest(self) -> AssemblyPlan:
+        """The plan with the fewest blocks, at which every path ends."""
+        return AssemblyPlan(*(self.canonical[side][min(self.canonical[side])] for side in SIDES))
+
+    @property
+    def largest_ratio(self) -> float:
+        """Of the smallest plan."""
+        return self.report(self.smallest).layer_ratio
+
+    def plans(self, strategy: str) -> list[AssemblyPlan]:
+        """The plans of a strategy, the preferred ones first; raises `ValueError` for an unknown strategy."""
         if strategy not in STRATEGIES:
             choices = ", ".join(f"{name!r} ({row.description})" for name, row in STRATEGIES.items())
             raise ValueError(f"unknown strategy {strategy!r}; choose one of {choices}, or write a plan like {PLAN_EXAMPLE}")
-        encoder, decoder = (canonical_tilings(self.num_layers[side], tuple(self.granularities[side])) for side in SIDES)
-        depths = STRATEGIES[strategy].path(list(encoder), list(decoder))
-        return [AssemblyPlan(encoder[encoder_depth], decoder[decoder_depth]) for encoder_depth, decoder_depth in depths]
+        return list(STRATEGIES[strategy].plans(self))
 
     def report(self, plan: AssemblyPlan) -> PlanReport:
-        """Parameters, bytes and ratios of a plan."""
+        """Parameters, bytes, ratios and speed of a plan."""
         layers, teacher_layers = (
             sum(len(each.spans(side)) * self.block_parameters[side] for side in SIDES) for each in (self.check(plan), self.teacher)
         )
         own_head = self.own_head_parameters if set(plan.decoder) != {1} else 0
         total, teacher_total = layers + self.shared_parameters + own_head, teacher_layers + self.shared_parameters
-        return PlanReport(plan, teacher_layers / layers, teacher_total / total, layers, total, total * self.bytes_per_parameter)
+        wide = sum(len(plan.spans(side)) * (self.wide_parameters or {}).get(side, 0) for side in SIDES)
+        size = total * self.bytes_per_parameter + wide * (4 - self.bytes_per_parameter)
+        speed = ()
+        if self.latency is not None:
+            speed = (self.latency.of(plan), self.latency.of(self.teacher) / self.latency.of(plan))
+        return PlanReport(plan, teacher_layers / layers, teacher_total / total, layers, total, size, *speed)
 
-    def choose(self, strategy: str, ratio: float) -> AssemblyPlan:
-        """The first plan of a strategy's path whose layer ratio (teacher's layer parameters / its own) reaches `ratio`.
+    def choose(self, strategy: str, ratio: float | None = None, **budgets: Any) -> AssemblyPlan:
+        """The first plan of a strategy that meets a budget: a layer ratio (teacher's layer parameters / its own), or one of `Budgets`.
 
-        Raises `ValueError` for an unknown strategy and for a ratio that is not a number, below 1, or above the bank's largest.
+        Raises `ValueError` for an unknown strategy, for none or several budgets, for a bound that is not a number in its range, and for
+        one that no plan of the strategy meets; the message names the nearest plan.
         """
-        plans = self.path(strategy)
-        if not isinstance(ratio, Real) or isinstance(ratio, bool) or not 1 <= ratio <= self.largest_ratio:
-            largest = math.floor(10_000 * self.largest_ratio) / 10_000  # rounded up, it would be refused itself
-            raise ValueError(f"ratio must be a number from 1 (the teacher) to {largest:.12g} ({plans[-1]}), got {ratio!r}")
-        return next(plan for plan in plans if self.report(plan).layer_ratio >= ratio)
+        plans = self.plans(strategy)
+        name, bound = _the_one_budget({"ratio": ratio, **budgets}, self)
+        reports = [self.report(plan) for plan in plans]
+        limit = LIMITS[name]
+        fitting = next((report.plan for report in reports if limit.met_by(report, bound)), None)
+        if fitting is None:
+            nearest = (max if limit.at_least else min)(reports, key=limit.figure)
+            raise ValueError(
+                f"{name}={bound!r}: no plan of {strategy} is within it; the nearest is {nearest.plan} with "
+                + limit.said.format(limit.figure(nearest))
+            )
+        return fitting
 
 
-def resolve_plan(shape: BankShape, strategy: PlanLike, ratio: float | None = None) -> AssemblyPlan:
-    """A strategy's name with a ratio, or a plan without one, as a plan that the bank of this shape can run.
+def _the_one_budget(given: Mapping[str, Any], shape: BankShape) -> tuple[str, float]:
+    """Name and bound of the only budget that is not None."""
+    if unknown := sorted(set(given) - set(LIMITS)):
+        raise ValueError(f"there is no budget {unknown[0]!r}; choose one of {', '.join(LIMITS)}")
+    given = {name: bound for name, bound in given.items() if bound is not None}
+    if len(given) != 1:
+        told = f"{', '.join(given)} were given" if given else "none was given"
+        raise ValueError(f"a strategy goes with exactly one of {', '.join(LIMITS)}; {told}")
+    ((name, bound),) = given.items()
+    if name == "ratio":
+        if not _is_number(bound) or not 1 <= bound <= shape.largest_ratio:
+            largest = math.floor(10_000 * shape.largest_ratio) / 10_000  # rounded up, it would be refused itself
+            raise ValueError(f"ratio must be a number from 1 (the teacher) to {largest:.12g} ({shape.smallest}), got {bound!r}")
+    elif not _is_number(bound) or not 0 < bound < math.inf:
+        raise ValueError(f"{name} must be a positive number, got {bound!r}")
+    if name in ("min_speedup", "max_latency_ms") and shape.latency is None:
+        raise ValueError(f"{name} needs latency=, what measure_latency(bank, ...) returned for your machine, batch and lengths")
+    return name, bound
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _size_first(shape: BankShape) -> Iterator[AssemblyPlan]:
+    encoders, decoders = (list(shape.canonical[side].values()) for side in SIDES)
+    encoder, decoder = 0, 0
+    yield AssemblyPlan(encoders[0], decoders[0])
+    while encoder + 1 < len(encoders) or decoder + 1 < len(decoders):
+        if decoder + 1 < len(decoders):
+            decoder += 1
+            yield AssemblyPlan(encoders[encoder], decoders[decoder])
+        if encoder + 1 < len(encoders):
+            encoder += 1
+            yield AssemblyPlan(encoders[encoder], decoders[decoder])
+
+
+def _speed_first(shape: BankShape) -> Iterator[AssemblyPlan]:
+    encoders, decoders = (list(shape.canonical[side].values()) for side in SIDES)
+    for decoder in decoders:
+        yield AssemblyPlan(encoders[0], decoder)
+    for encoder in encoders[1:]:
+        yield AssemblyPlan(encoder, decoders[-1])
+
+
+def _calibrated(shape: BankShape) -> Iterator[AssemblyPlan]:
+    if shape.scores is None:
+        raise ValueError("the strategy 'calibrated' needs scores of this bank's modules: calibrate(bank, dataset, ...) makes them")
+    # Of each pair of depths the best plan, and these in order. What a plan costs depends on its depths alone, and scores add up, so the
+    # first of them that is within a budget is the best of all plans that are.
+    encoders, decoders = (_best_of_depths(shape, side, shape.scores[side]) for side in SIDES)
+    scored = [
+        (encoder_score + decoder_score, len(encoder) + len(decoder), encoder, decoder)
+        for (encoder_score,), encoder in encoders
+        for (decoder_score,), decoder in decoders
+    ]
+    for _, _, encoder, decoder in sorted(scored):
+        yield AssemblyPlan(encoder, decoder)
+
+
+def _best_of_depths(shape: BankShape, side: str, scores: Mapping[int, Sequence[float]]) -> list[tuple[tuple[float, ...], tuple[int, ...]]]:
+    """Of every depth of a side, the least score and its tiling; original layers cost nothing."""
+
+    def score(start: int, span: int) -> tuple[float]:
+        return (scores[span][start // span] if span > 1 else 0.0,)
+
+    return list(cheapest_tilings(shape.num_layers[side], shape.granularities[side], score).values())
+
+
+class Strategy(NamedTuple):
+    """A bank's plans, the preferred ones first, and what it prefers in a line."""
+
+    plans: Callable[[BankShape], Iterator[AssemblyPlan]]
+    description: str
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "size-first": Strategy(_size_first, "shrinks both sides in turn, decoder first: the most quality for a size"),
+    "speed-first": Strategy(_speed_first, "shrinks the decoder to its end, then the encoder: the decoder runs once a token"),
+    "calibrated": Strategy(_calibrated, "the least loss that is foreseen, by scores of this bank's modules"),
+}
+
+
+def resolve_plan(shape: BankShape, strategy: PlanLike, ratio: float | None = None, **budgets: Unpack[Budgets]) -> PlanReport:
+    """A strategy's name with a budget, or a plan without one: a plan that the bank of this shape can run, and what it costs.
 
     Raises `ValueError` if neither fits; the message holds the choices.
     """
+    latency = budgets.pop("latency", None)
+    if not isinstance(latency, Latency | None):
+        raise ValueError(f"latency is what measure_latency returns, got {latency!r}")
+    shape = replace(shape, latency=latency or shape.latency)
     if isinstance(strategy, str) and "/" not in strategy:
-        return shape.choose(strategy, ratio)
-    if ratio is not None:
-        raise ValueError(f"a ratio goes with a strategy ({', '.join(STRATEGIES)}); the plan {strategy} already fixes the size")
-    return shape.check(AssemblyPlan.from_any(strategy))
+        return shape.report(shape.choose(strategy, ratio, **budgets))
+    if given := [f"{name}={bound!r}" for name, bound in {"ratio": ratio, **budgets}.items() if bound is not None]:
+        raise ValueError(f"{given[0]} goes with a strategy ({', '.join(STRATEGIES)}); the plan {strategy} already fixes the size")
+    return shape.report(AssemblyPlan.from_any(strategy))
+
+
+def assembly_record(report: PlanReport, strategy: PlanLike, ratio: float | None = None, **budget: Unpack[Budgets]) -> dict[str, Any]:
+    """What an assembled model remembers: its plan, and if a strategy chose that, what was asked and what came out, as plain JSON."""
+    latency = budget.pop("latency", None)
+    asked = {name: bound for name, bound in {"ratio": ratio, **budget}.items() if bound is not None}
+    if not asked:
+        return {"plan": str(report.plan)}
+    achieved = {name: figure for name, figure in report._asdict().items() if figure is not None and name != "plan"}
+    measured = {} if latency is None else {"hardware": latency.hardware, "request": latency.request}
+    asked = {name: bound if isinstance(bound, int) else float(bound) for name, bound in asked.items()}
+    return {"plan": str(report.plan), "asked": {"strategy": strategy, **asked}, "achieved": achieved, **measured}

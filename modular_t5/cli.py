@@ -57,7 +57,7 @@ def info(args: argparse.Namespace) -> Outcome:
     """What is in a bank: its teacher, granularities, sizes and files."""
     saved = SavedBank(args.bank, **_hub_arguments(args))
     config, shape = saved.config, saved.shape
-    teacher, smallest = shape.report(shape.teacher), shape.report(shape.path("size-first")[-1])
+    teacher, smallest = shape.report(shape.teacher), shape.report(shape.smallest)
     result = {
         **saved.origin,
         "teacher": config.teacher,
@@ -89,7 +89,7 @@ def plan(args: argparse.Namespace) -> Outcome:
     if args.strategy is None:
         reports = {name: saved.shape.report(each) for name, each in standard_sizes(saved.shape).items()}
         return {"sizes": [{"name": name, **_counts(report)} for name, report in reports.items()]}, counts_table(reports), 0
-    report = saved.shape.report(resolve_plan(saved.shape, args.strategy, args.ratio))
+    report = resolve_plan(saved.shape, args.strategy, args.ratio)
     names = {name for name in parameter_map(saved.one_layer, report.plan, saved.config).values() if name in saved.stored}
     files = sorted({saved.stored.shard_names[name] for name in names})
     table = counts_table({args.strategy if args.ratio is None else f"{args.strategy} {args.ratio:g}x": report})

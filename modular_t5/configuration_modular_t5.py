@@ -1,5 +1,6 @@
 """The configuration of a bank: a T5's, plus the granularities of each side and the plan that runs."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -9,6 +10,7 @@ from transformers import T5Config
 from transformers.activations import ACT2FN
 
 from .assembly_modular_t5 import MAX_LAYERS, SIDES, AssemblyPlan, PlanLike, checked_plan, is_integer, teacher_plan
+from .choosing_modular_t5 import ModuleScores
 
 
 DEFAULT_GRANULARITIES = (2, 3, 4, 6)
@@ -34,7 +36,7 @@ _AUTO_MAP = {
 }
 
 # What a bank's configuration has beside a T5's, and then what it has otherwise than a T5.
-_OWN_FIELDS = ("granularities", "initialization", "lora", "modules_only", "own_parts", "plan", "teacher")
+_OWN_FIELDS = ("granularities", "initialization", "lora", "module_scores", "modules_only", "own_parts", "plan", "teacher")
 _BANK_FIELDS = (*_OWN_FIELDS, "architectures", "auto_map", "decoder_layers", "model_type", "transformers_version")
 
 # Wider than any T5 by a factor of ten or more. A file that asks for more is refused before memory is taken.
@@ -80,6 +82,8 @@ class ModularT5Config(T5Config):
             without it, the `"sha256"` of its weights.
         modules_only: whether a saved bank is without its teacher.
         lora: `{"rank": ..., "scaling": ...}` of a bank whose modules are low-rank differences from layers of the teacher.
+        module_scores: what `calibrate` found each module to cost in loss: `{"encoder": {"2": [...], ...}, "decoder": ...}`, of each
+            granularity the modules from the bottom up.
         kwargs: every field of `T5Config`.
 
     Raises:
@@ -97,6 +101,7 @@ class ModularT5Config(T5Config):
     teacher: Mapping[str, str | None] | None = None
     modules_only: bool = False
     lora: Mapping[str, float] | None = None
+    module_scores: Mapping[str, Mapping[str, Sequence[float]]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.dtype is not None and str(self.dtype).removeprefix("torch.") not in _DTYPES:
@@ -130,8 +135,17 @@ class ModularT5Config(T5Config):
         self.lora = _checked_mapping("lora", self.lora, {"rank": int, "scaling": Real}) if self.lora else None
         if self.lora and not (self.lora["rank"] or 0) >= 1:
             raise ValueError(f"the rank of lora must be a positive integer, got {self.lora['rank']!r}")
+        if self.module_scores is not None:
+            self.module_scores = _checked_scores(self.module_scores, layers, self.granularities)
         self.auto_map = dict(_AUTO_MAP)
         set_cache_depth(self)
+
+    @property
+    def scores(self) -> ModuleScores | None:
+        """`module_scores`, by granularity as a number."""
+        if self.module_scores is None:
+            return None
+        return {side: {int(s): of_modules for s, of_modules in of_side.items()} for side, of_side in self.module_scores.items()}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -153,6 +167,24 @@ def _checked_mapping(name: str, given: Any, types: Mapping[str, type]) -> dict[s
         if value is not None and (not isinstance(value, types[key]) or isinstance(value, bool)):
             raise ValueError(f"{key} of {name} must be of type {types[key].__name__}, got {value!r}")
     return {key: given.get(key) for key in types}
+
+
+def _checked_scores(given: Any, layers: Mapping[str, int], granularities: Mapping[str, Sequence[int]]) -> dict[str, dict[str, list[float]]]:
+    """`given` with strings for granularities, as JSON has them."""
+    if not isinstance(given, Mapping) or set(given) != set(SIDES) or not all(isinstance(given[side], Mapping) for side in SIDES):
+        raise ValueError(f"module_scores is a mapping of both sides, each of granularities to lists of numbers; got {given!r}")
+    scores = {side: {str(s): of_modules for s, of_modules in given[side].items()} for side in SIDES}
+    for side in SIDES:
+        wanted = {str(s): layers[side] // s for s in granularities[side]}
+        found = {s: len(of_modules) if isinstance(of_modules, list | tuple) else None for s, of_modules in scores[side].items()}
+        if found != wanted:
+            raise ValueError(f"module_scores must have of each {side} granularity a number a module, {wanted}; got {scores[side]!r}")
+        for s, of_modules in scores[side].items():
+            for score in of_modules:
+                if not isinstance(score, Real) or isinstance(score, bool) or not math.isfinite(score):
+                    raise ValueError(f"module_scores of the {side}'s granularity {s} must be finite numbers, got {score!r}")
+        scores[side] = {s: list(map(float, scores[side][s])) for s in wanted}
+    return scores
 
 
 def t5_fields(config: T5Config) -> dict[str, Any]:

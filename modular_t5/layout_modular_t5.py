@@ -5,7 +5,7 @@ has of its own beside modules is `<side>.bank.<name in a T5>`. Layers of a side 
 say what all tensors of a bank are called and how large they are; these functions are given them as `one_layer`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan
 from .choosing_modular_t5 import BankShape
@@ -113,14 +113,16 @@ def parameter_map(one_layer: Iterable[str], plan: AssemblyPlan, config: ModularT
     return mapping
 
 
-def bank_shape(one_layer: Mapping[str, int], config: ModularT5Config, bytes_per_parameter: int) -> BankShape:
+def bank_shape(one_layer: Mapping[str, int], config: ModularT5Config, bytes_per_parameter: int, wide: Container[str] = ()) -> BankShape:
     """The counts that choosing a plan works with.
 
     Args:
         one_layer: of each tensor its parameters, a tied head left out.
+        wide: tensors of blocks that have four bytes a parameter all the same.
     """
     of_blocks = {name: count for name, count in one_layer.items() if ".block." in name and not name.endswith(BIAS_TABLE)}
     block_parameters = {side: sum(count for name, count in of_blocks.items() if name.startswith(side)) for side in SIDES}
+    wide_parameters = {side: sum(count for name, count in of_blocks.items() if name.startswith(side) and name in wide) for side in SIDES}
     return BankShape(
         num_layers={"encoder": config.num_layers, "decoder": config.num_decoder_layers},
         granularities={side: tuple(config.granularities[side]) for side in SIDES},
@@ -129,4 +131,6 @@ def bank_shape(one_layer: Mapping[str, int], config: ModularT5Config, bytes_per_
         # A head of the bank's own takes the place of one that is the embeddings, which then cost extra.
         own_head_parameters=one_layer[SHARED] if "head" in config.own_parts and HEAD not in one_layer else 0,
         bytes_per_parameter=bytes_per_parameter,
+        wide_parameters=wide_parameters,
+        scores=config.scores,
     )

@@ -106,6 +106,21 @@ def dtype_of(name: str, dtype: torch.dtype | None) -> torch.dtype | None:
     return torch.float32 if keeps else dtype
 
 
+def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point type, or its name; None for None and "auto"."""
+    if isinstance(dtype, str):
+        dtype = None if dtype == "auto" else getattr(torch, dtype, dtype)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point type of torch, its name, or 'auto'; got {dtype!r}")
+    return dtype
+
+
+def shape_in(dtype: torch.dtype, sizes: Mapping[str, int], config: ModularT5Config) -> BankShape:
+    """The counts of a bank whose sizes are to be of this type; `sizes` as of `bank_shape`."""
+    wide = {name for name in sizes if dtype_of(name, dtype) != dtype}
+    return bank_shape(sizes, config, dtype.itemsize, wide)
+
+
 def teacher_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The teacher's weights by name, out of a teacher or of a bank; a tied head is left out."""
     return {name: parameter for name, parameter in model.named_parameters() if not is_bank_tensor(name)}
@@ -184,8 +199,12 @@ class SavedBank:
     @property
     def shape(self) -> BankShape:
         """The counts that choosing a plan works with."""
+        return self.shape_in(None)
+
+    def shape_in(self, dtype: torch.dtype | None) -> BankShape:
+        """The same, for sizes of another type than the bank's."""
         sizes = {name: torch.Size(shape).numel() for name, shape in self.one_layer.items() if self._actual(name) == name}
-        return bank_shape(sizes, self.config, self.config.dtype.itemsize if isinstance(self.config.dtype, torch.dtype) else 4)
+        return shape_in(dtype or torch_dtype(self.config.dtype) or torch.float32, sizes, self.config)
 
     @cached_property
     def teacher(self) -> Mapping[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
@@ -23,17 +23,26 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.t5.modeling_t5 import T5Block, T5Stack
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, PlanLike
-from .choosing_modular_t5 import BankShape, PlanReport, resolve_plan
+from .choosing_modular_t5 import BankShape, Budgets, PlanReport, assembly_record, resolve_plan
 from .configuration_modular_t5 import INITIALIZATIONS, ModularT5Config, stock_config, t5_fields
 from .layout_modular_t5 import (
-    bank_shape,
     initial_name,
     is_bank_tensor,
     own_part_of,
     parameter_map,
     tensor_names,
 )
-from .loading_modular_t5 import SavedBank, check_is_teacher, dtype_of, hub_teacher, load_teacher, on_hub, teacher_tensors
+from .loading_modular_t5 import (
+    SavedBank,
+    check_is_teacher,
+    dtype_of,
+    hub_teacher,
+    load_teacher,
+    on_hub,
+    shape_in,
+    teacher_tensors,
+    torch_dtype,
+)
 from .own_parts_modular_t5 import OwnPartsMixin
 from .storage_modular_t5 import HUB_ARGUMENTS, card_of, fingerprint, staged_folder, upload, write_shards
 
@@ -201,7 +210,7 @@ class ModularT5ForConditionalGeneration(OwnPartsMixin, T5ForConditionalGeneratio
         device: torch.device | str | int | None = None,
         attn_implementation: str | None = None,
         variant: str | None = None,
-        **hub_arguments: Any,
+        **budget_and_hub: Any,
     ) -> T5ForConditionalGeneration:
         """What `from_pretrained(...).assemble(strategy, ratio)` gives, without fetching or reading more than that size needs.
 
@@ -213,19 +222,22 @@ class ModularT5ForConditionalGeneration(OwnPartsMixin, T5ForConditionalGeneratio
             strategy, ratio: as in `assemble`.
             dtype: of the result; by default, as in `from_pretrained`, the one that the configuration names.
             device: of the result; by default the CPU.
-            hub_arguments: `cache_dir`, `force_download`, `local_files_only`, `proxies`, `revision`, `subfolder`, `token`.
+            budget_and_hub: a budget as in `assemble`, and `cache_dir`, `force_download`, `local_files_only`, `proxies`, `revision`,
+                `subfolder`, `token`.
 
         Raises:
             ValueError: as in `assemble` and `from_pretrained`.
             OSError: there is no such bank, or it cannot be fetched.
         """
-        if unknown := sorted(hub_arguments.keys() - set(HUB_ARGUMENTS)):
+        hub_arguments = {name: value for name, value in budget_and_hub.items() if name in HUB_ARGUMENTS}
+        budget = {name: value for name, value in budget_and_hub.items() if name in Budgets.__annotations__}
+        if unknown := sorted(budget_and_hub.keys() - hub_arguments.keys() - budget.keys()):
             raise ValueError(f"assemble_from_pretrained does not take {', '.join(unknown)}")
         saved = SavedBank(pretrained_model_name_or_path, teacher=teacher, variant=variant, **hub_arguments)
-        plan = resolve_plan(saved.shape, strategy, ratio)
-        config = _assembled_config(saved.config, plan, saved.origin)
+        report = resolve_plan(saved.shape_in(torch_dtype(dtype)), strategy, ratio, **budget)
+        config = _assembled_config(saved.config, report, {**saved.origin, **assembly_record(report, strategy, ratio, **budget)})
         config._attn_implementation = attn_implementation
-        mapping = parameter_map(saved.one_layer, plan, saved.config)
+        mapping = parameter_map(saved.one_layer, report.plan, saved.config)
         tensors = saved.read(mapping.values())
         sources = {name: tensors[bank_name] for name, bank_name in mapping.items()}
         generation_config = saved.generation_config
@@ -383,17 +395,20 @@ class ModularT5ForConditionalGeneration(OwnPartsMixin, T5ForConditionalGeneratio
     @property
     def shape(self) -> BankShape:
         """The counts that choosing a plan works with, read off the parameters."""
+        return self._shape_in(self.dtype)
+
+    def _shape_in(self, dtype: torch.dtype) -> BankShape:
         sizes = {id(parameter): (name, parameter.numel()) for name, parameter in reversed(one_layer_of(self).items())}  # tied ones once
-        return bank_shape(dict(sizes.values()), self.config, self.dtype.itemsize)
+        return shape_in(dtype, dict(sizes.values()), self.config)
 
     @property
     def plan(self) -> AssemblyPlan:
         """What runs. Saved with the bank."""
         return AssemblyPlan.from_any(self.config.plan)
 
-    def set_plan(self, strategy: PlanLike, ratio: float | None = None) -> AssemblyPlan:
+    def set_plan(self, strategy: PlanLike, ratio: float | None = None, **budget: Unpack[Budgets]) -> AssemblyPlan:
         """Run a plan from now on, given as in `assemble`; returns it. Nothing is copied."""
-        plan = self.choose_plan(strategy, ratio)
+        plan = self.choose_plan(strategy, ratio, **budget)
         for side in SIDES:
             stack, blocks = getattr(self, side), self.blocks_of(plan, side)
             stack.block.run(blocks)
@@ -419,49 +434,71 @@ class ModularT5ForConditionalGeneration(OwnPartsMixin, T5ForConditionalGeneratio
         return [stack.block[start] if span == 1 else stack.bank[str(span)][start // span] for start, span in plan.blocks(side)]
 
     @contextmanager
-    def using(self, strategy: PlanLike, ratio: float | None = None) -> Iterator["ModularT5ForConditionalGeneration"]:
+    def using(
+        self, strategy: PlanLike, ratio: float | None = None, **budget: Unpack[Budgets]
+    ) -> Iterator["ModularT5ForConditionalGeneration"]:
         """`with bank.using("2x6/2x6"): ...` runs a plan inside the block and the former one after it."""
         former = self.plan
-        self.set_plan(strategy, ratio)
+        self.set_plan(strategy, ratio, **budget)
         try:
             yield self
         finally:
             self.set_plan(former)
 
-    def choose_plan(self, strategy: PlanLike, ratio: float | None = None) -> AssemblyPlan:
+    def choose_plan(self, strategy: PlanLike, ratio: float | None = None, **budget: Unpack[Budgets]) -> AssemblyPlan:
         """The plan that `assemble` would write out for the same arguments."""
-        return resolve_plan(self.shape, strategy, ratio)
+        return self.report(strategy, ratio, **budget).plan
 
-    def report(self, strategy: PlanLike, ratio: float | None = None) -> PlanReport:
-        """Parameters, bytes and ratios of a plan, given as in `assemble`."""
-        return self.shape.report(self.choose_plan(strategy, ratio))
+    def report(
+        self, strategy: PlanLike, ratio: float | None = None, *, dtype: torch.dtype | str | None = None, **budget: Unpack[Budgets]
+    ) -> PlanReport:
+        """Parameters, bytes, ratios and, with a `latency`, speed of a plan, given as in `assemble`."""
+        return resolve_plan(self._shape_in(torch_dtype(dtype) or self.dtype), strategy, ratio, **budget)
 
     def parameter_map(self, plan: PlanLike) -> dict[str, str]:
         """`{parameter name in the assembled T5: parameter name in the bank}`: assembling is renaming."""
         return parameter_map(one_layer_of(self), self.choose_plan(plan), self.config)
 
-    def assemble(self, strategy: PlanLike, ratio: float | None = None, *, share_weights: bool = False) -> T5ForConditionalGeneration:
+    def assemble(
+        self,
+        strategy: PlanLike,
+        ratio: float | None = None,
+        *,
+        share_weights: bool = False,
+        dtype: torch.dtype | str | None = None,
+        **budget: Unpack[Budgets],
+    ) -> T5ForConditionalGeneration:
         """A stock T5 of the size asked for, in evaluation mode, without further training.
 
+        What was asked, and what came out of it, is in `model.config.modular_t5`.
+
         Args:
-            strategy: `"size-first"` or `"speed-first"` (the table `STRATEGIES`) with a ratio, or a plan without one: an
-                `AssemblyPlan` or its notation, such as `"1x12/4x3"`.
-            ratio: layer parameters of the teacher / layer parameters of the result; the first plan of the strategy that reaches
-                it is taken. From 1 to the bank's largest.
+            strategy: `"size-first"`, `"speed-first"` or `"calibrated"` (the table `STRATEGIES`) with a ratio or another budget, or
+                a plan without one: an `AssemblyPlan` or its notation, such as `"1x12/4x3"`. The first plan that the strategy has
+                within the budget is taken.
+            ratio: at least this much: layer parameters of the teacher / layer parameters of the result. From 1 to the bank's
+                largest.
             share_weights: copy nothing; the result reads, and if trained changes, the bank's own memory.
+            dtype: of the result; by default the bank's.
+            budget: in place of a ratio one of `max_parameters`, `max_bytes` (in `dtype`), `min_speedup` over the teacher, or
+                `max_latency_ms`; the latter two with `latency`, which `measure_latency` returns.
 
         Raises:
-            ValueError: an unknown strategy, a ratio out of range, a plan that this bank cannot run, or weights to share that are
-                not there yet, for LoRA modules are merged into what is returned.
+            ValueError: an unknown strategy, none or several budgets, one that no plan is within (the message names the nearest), a
+                plan that this bank cannot run, or weights to share that are not there: LoRA modules are merged into what is
+                returned, and another `dtype` makes copies.
         """
         if share_weights and self.config.lora:
             raise ValueError("LoRA modules are merged when assembling, which makes copies; call merge_and_unload() first to share weights")
-        plan = self.choose_plan(strategy, ratio)
-        config = _run_like(self, _assembled_config(self.config, plan, self.origin))
+        if share_weights and torch_dtype(dtype) not in (None, self.dtype):
+            raise ValueError(f"weights of {self.dtype} cannot be shared as {torch_dtype(dtype)}; leave out share_weights or dtype")
+        report = self.report(strategy, ratio, dtype=dtype, **budget)
+        remembered = {**self.origin, **assembly_record(report, strategy, ratio, **budget)}
+        config = _run_like(self, _assembled_config(self.config, report, remembered))
         bank = dict(self.named_parameters(remove_duplicate=False))
         bank |= {f"{path}.weight": merged for path, merged in self._merged_adapters().items()}
-        sources = {name: bank[bank_name] for name, bank_name in self.parameter_map(plan).items()}
-        return _built(T5ForConditionalGeneration, config, sources, self.generation_config, share_weights=share_weights)
+        sources = {name: bank[bank_name] for name, bank_name in self.parameter_map(report.plan).items()}
+        return _built(T5ForConditionalGeneration, config, sources, self.generation_config, dtype=dtype, share_weights=share_weights)
 
 
 def one_layer_of(model: T5ForConditionalGeneration | MT5ForConditionalGeneration) -> dict[str, nn.Parameter]:
@@ -489,10 +526,10 @@ def _module_bank(stack: T5Stack, granularities: Sequence[int]) -> nn.ModuleDict:
     return bank
 
 
-def _assembled_config(config: ModularT5Config, plan: AssemblyPlan, origin: Mapping[str, str | None]) -> T5Config:
+def _assembled_config(config: ModularT5Config, report: PlanReport, remembered: Mapping[str, Any]) -> T5Config:
     """A stock configuration, which remembers where the model comes from."""
-    assembled = stock_config(config, plan.depths)
-    assembled.modular_t5 = {**origin, "plan": str(plan)}
+    assembled = stock_config(config, report.plan.depths)
+    assembled.modular_t5 = dict(remembered)
     return assembled
 
 
@@ -514,10 +551,7 @@ def _built(
     share_weights: bool = False,
 ) -> Any:
     """A model on copies of these tensors, or on themselves; names with the same tensor share a parameter."""
-    if isinstance(dtype, str):
-        dtype = None if dtype == "auto" else getattr(torch, dtype, dtype)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype must be a floating-point type of torch, its name, or 'auto'; got {dtype!r}")
+    dtype = torch_dtype(dtype)
     config.dtype = dtype or next(iter(sources.values())).dtype
     with torch.device("meta"):
         model = model_class(config)

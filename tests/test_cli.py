@@ -66,7 +66,7 @@ def test_assemble_and_rebuild(run, bank, tmp_path):
     assert "2x3/2x3" in out
     model = T5ForConditionalGeneration.from_pretrained(output)
     assert AutoTokenizer.from_pretrained(output)("one").input_ids
-    assert model.config.modular_t5 == {"bank": str(bank), "revision": None, "plan": "2x3/2x3"}
+    assert {"bank": str(bank), "revision": None, "plan": "2x3/2x3"}.items() <= model.config.modular_t5.items()
     status, out, _ = run("rebuild", output)
     assert (status, out) == (0, f"{output} is 2x3/2x3 of {bank}, to the bit\n")
     assert json.loads(run("rebuild", output, "--json")[1])["equal"] is True
@@ -136,8 +136,8 @@ def test_a_card_that_is_there_is_pushed_as_it_is(run, hub, bank):
     [
         (("plan", "BANK", "size-first", "99"), "ratio must be a number from 1"),
         (("plan", "BANK", "smallest", "2"), "unknown strategy 'smallest'; choose one of 'size-first'"),
-        (("plan", "BANK", "size-first"), "ratio must be a number from 1"),
-        (("assemble", "BANK", "2x3/2x3", "3", "-o", "OUT"), "a ratio goes with a strategy"),
+        (("plan", "BANK", "size-first"), "exactly one of ratio, max_parameters"),
+        (("assemble", "BANK", "2x3/2x3", "3", "-o", "OUT"), "ratio=3.0 goes with a strategy"),
         (("assemble", "BANK", "2x3/2x3", "-o", "OUT", "--dtype", "int99"), "dtype must be a floating-point type"),
         (("assemble", "BANK", "2x3/2x3", "-o", "BANK"), "holds a bank, which would be overwritten"),
         (("assemble", "BANK", "2x3/2x3", "-o", ""), "not an empty name"),

@@ -9,7 +9,7 @@ import torch
 from conftest import DTYPES, TEACHERS, Trap, logits, make_bank, make_teacher, same, tamper
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, T5ForConditionalGeneration
 
-from modular_t5 import ModularT5ForConditionalGeneration
+from modular_t5 import Latency, ModularT5ForConditionalGeneration
 from modular_t5.loading_modular_t5 import SavedBank
 from modular_t5.storage_modular_t5 import StoredTensors
 
@@ -28,7 +28,7 @@ def test_it_is_what_the_loaded_bank_assembles(name, dtype, inputs, tmp_path):
     saved.generation_config = GenerationConfig(num_beams=3, decoder_start_token_id=0)
     saved.save_pretrained(tmp_path)
     bank = load(tmp_path)
-    for plan in bank.shape.path("size-first")[1::2]:
+    for plan in bank.shape.plans("size-first")[1::2]:
         lazily, whole = assemble_from(tmp_path, plan), bank.assemble(plan)
         assert type(lazily) is T5ForConditionalGeneration
         assert same(lazily, whole)
@@ -67,6 +67,43 @@ def test_strategies_choose_as_the_bank_does(tmp_path):
         assemble_from(tmp_path, "smallest", 2)
     with pytest.raises(ValueError, match="covers 4 layers; it has 6"):
         assemble_from(tmp_path, "2x2/1x2")
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", torch.float16], ids=str)
+def test_budgets_are_kept_from_memory_and_from_disk(dtype, tmp_path):
+    bank = make_bank("v1.1")
+    bank.save_pretrained(tmp_path)
+    latency = Latency(2.0, {"encoder": 1.0, "decoder": 3.0}, hardware="an abacus", request={"batch_size": 1})
+    half = bank.report("2x3/2x3", dtype=dtype)
+    budgets = [
+        {"max_parameters": half.total_parameters},
+        {"max_bytes": half.bytes},
+        {"min_speedup": 1.8, "latency": latency},
+        {"max_latency_ms": 14, "latency": latency},
+    ]
+    for budget in budgets:
+        whole = bank.assemble("size-first", dtype=dtype, **budget)
+        lazily = assemble_from(tmp_path, "size-first", dtype=dtype, **budget)
+        assert same(lazily, whole)
+        told = whole.config.modular_t5
+        assert told == lazily.config.modular_t5
+        assert told["plan"] == "2x3/2x3"
+        assert told["achieved"]["total_parameters"] == whole.num_parameters()
+        assert told["achieved"]["bytes"] == sum(parameter.nbytes for parameter in whole.parameters())
+        with bank.using("size-first", **({"max_bytes": bank.report("2x3/2x3").bytes} if "max_bytes" in budget else budget)):
+            assert str(bank.plan) == "2x3/2x3"
+    assert bank.assemble("2x3/2x3").config.modular_t5.keys() == {"bank", "revision", "plan"}
+
+
+def test_scores_of_modules_come_with_a_saved_bank(tmp_path):
+    bank = make_bank()
+    bank.config.module_scores = {
+        "encoder": {"2": [9, 9, 9], "3": [1, 1], "6": [9]},
+        "decoder": {"2": [9, 9, 9], "3": [0.5, 9], "6": [2]},
+    }
+    bank.save_pretrained(tmp_path)
+    assert str(load(tmp_path).choose_plan("calibrated", 2)) == str(bank.choose_plan("calibrated", 2)) == "1x6/6x1"
+    assert same(assemble_from(tmp_path, "calibrated", 6), bank.assemble("6x1/6x1"))
 
 
 def test_type_device_and_attention(inputs, tmp_path):

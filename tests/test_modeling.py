@@ -41,7 +41,7 @@ DECODING = {
 
 
 def spread_of_plans(bank):
-    return [*bank.shape.path("size-first"), *bank.shape.path("speed-first")[-2:]]
+    return [*bank.shape.plans("size-first"), *bank.shape.plans("speed-first")[-2:]]
 
 
 def generated(model, inputs, **arguments):
@@ -130,7 +130,7 @@ def test_an_assembled_models_cache_has_a_slot_a_decoder_layer(plan, inputs):
 @pytest.mark.parametrize("name", ["v1.0", "byt5", "deep decoder"])
 def test_a_bank_that_was_saved_small_runs_every_plan_again(name, inputs, tmp_path):
     bank = make_bank(name)
-    smallest = bank.set_plan(bank.shape.path("size-first")[-1])
+    smallest = bank.set_plan(bank.shape.smallest)
     bank.save_pretrained(tmp_path)
     teacher = T5ForConditionalGeneration.from_pretrained(tmp_path)  # the originals alone, whatever plan was saved
     for loaded in (

@@ -36,7 +36,7 @@ def test_the_bank_translates_as_the_teacher_and_as_what_it_assembles(bank):
 
 
 def test_every_size_of_the_real_bank_saves_and_loads_to_the_bit(bank, tmp_path):
-    for plan in bank.shape.path("size-first"):
+    for plan in bank.shape.plans("size-first"):
         assembled = bank.assemble(plan)
         assembled.save_pretrained(tmp_path)
         again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)

@@ -34,7 +34,7 @@ def contents(folder):
 @pytest.mark.parametrize("name", TEACHERS)
 def test_a_bank_saves_and_loads_to_the_bit(name, dtype, inputs, tmp_path):
     bank = make_bank(name, dtype)
-    plan = bank.set_plan(bank.shape.path("size-first")[-1])
+    plan = bank.set_plan(bank.shape.smallest)
     bank.save_pretrained(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors", ".py"}
     again = ModularT5ForConditionalGeneration.from_pretrained(tmp_path)
