@@ -22,7 +22,8 @@ import quickstart
 
 from modular_t5 import ModularT5ForConditionalGeneration
 from modular_t5.configuration_modular_t5 import INITIALIZATIONS
-from modular_t5.frontier import environment, markdown_table, standard_sizes
+from modular_t5.frontier import markdown_table, standard_sizes
+from modular_t5.measuring import environment
 
 
 def main() -> None:

@@ -46,17 +46,8 @@ from modular_t5 import (
     assembled_card,
     bank_card,
 )
-from modular_t5.frontier import (
-    PICTURE_FILE,
-    RESULTS_FILE,
-    Frontier,
-    FrontierPoint,
-    environment,
-    generate_texts,
-    measure_speed,
-    plot_curves,
-    standard_sizes,
-)
+from modular_t5.frontier import PICTURE_FILE, RESULTS_FILE, Frontier, FrontierPoint, plot_curves, standard_sizes
+from modular_t5.measuring import environment, generate_texts, measure_speed
 from modular_t5.pairs import Pairs, scores_of, signatures
 
 

@@ -23,7 +23,7 @@ from transformers import (
 from .assembly_modular_t5 import SIDES, AssemblyPlan, tilings
 from .baselines import DistillationTrainer, LayerDropTrainer, set_dropout
 from .choosing_modular_t5 import BankShape
-from .frontier import write_json
+from .measuring import write_json
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .trainer import ModularTrainer
 from .training_args import DistillationArguments, ModularTrainingArguments

@@ -26,9 +26,9 @@ from .checkpoints import CheckpointingTrainer
 from .choosing_modular_t5 import BankShape
 from .configuration_modular_t5 import OWN_PARTS, ModularT5Config
 from .distillation import weighed
-from .frontier import environment
 from .layout_modular_t5 import own_part_of, running_own_parts
 from .lessons import Lesson, difference_of_depths, with_decoder_inputs
+from .measuring import environment
 from .model_card import bank_card, measured_in
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .recording import eager_attention

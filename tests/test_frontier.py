@@ -6,13 +6,10 @@ import sys
 import pytest
 import torch
 from conftest import make_teacher
-from transformers import AutoTokenizer
 
 from modular_t5 import AssemblyPlan, ModularT5ForConditionalGeneration
-from modular_t5.frontier import Frontier, FrontierPoint, environment, generate_texts, markdown_table, measure_speed, plot_curves
-
-
-SOURCES = ["three trees", "a", "seven hundred and six large ships", "two books"]
+from modular_t5.frontier import Frontier, FrontierPoint, markdown_table, plot_curves
+from modular_t5.measuring import environment
 
 
 def point(name, ratio, score, speed, untrained=0.0):
@@ -23,33 +20,6 @@ FRONTIER = Frontier(
     (point("teacher", 1.0, 40.0, 100.0, 40.0), point("size-first 2x", 2.0, 38.0, 180.0, 4.0), point("speed-first 1.5x", 1.5, 36.0, 200.0)),
     metric="BLEU",
 )
-
-
-@pytest.fixture
-def tokenizer(pico_tokenizer):
-    return AutoTokenizer.from_pretrained(pico_tokenizer)
-
-
-def test_texts_come_in_the_order_of_the_sources(tokenizer):
-    model = make_teacher(vocab_size=len(tokenizer))
-    one_by_one = [generate_texts(model, tokenizer, [source], max_new_tokens=5)[0] for source in SOURCES]
-    assert generate_texts(model, tokenizer, SOURCES, max_new_tokens=5, batch_size=2) == one_by_one
-    assert len(set(one_by_one)) > 1
-    assert generate_texts(model, tokenizer, [], max_new_tokens=5) == []
-
-
-def test_generation_arguments_reach_generate(tokenizer):
-    model = make_teacher(vocab_size=len(tokenizer))
-    with pytest.raises(ValueError, match="nonsense"):
-        generate_texts(model, tokenizer, SOURCES, max_new_tokens=5, nonsense=1)
-
-
-def test_speed_counts_the_tokens_of_the_batch(monkeypatch):
-    clock = iter(range(1000))
-    monkeypatch.setattr("modular_t5.frontier.time.perf_counter", lambda: float(next(clock)))  # every generation takes one second
-    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher())
-    models = [bank, bank.assemble("6x1/6x1")]
-    assert measure_speed(models, {"input_ids": torch.full((3, 4), 5)}, new_tokens=2, rounds=3) == [6.0, 6.0]
 
 
 def test_kept_and_speedup_are_relative_to_the_teacher():

@@ -11,8 +11,9 @@ from training import make_trainer
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from modular_t5 import ModularT5ForConditionalGeneration, assembled_card, bank_card
-from modular_t5.frontier import Frontier, FrontierPoint, environment, standard_sizes
+from modular_t5.frontier import Frontier, FrontierPoint, standard_sizes
 from modular_t5.loading_modular_t5 import SavedBank
+from modular_t5.measuring import environment
 
 
 ROOT = Path(__file__).parents[1]

@@ -35,6 +35,7 @@ ROOMS = [
     "pairs",
     "significance",
     "baselines",
+    "measuring",
     "frontier",
     "model_card",
     "trainer",

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from modular_t5 import ModularT5ForConditionalGeneration
-from modular_t5.frontier import generate_texts
+from modular_t5.measuring import generate_texts
 
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -1,0 +1,39 @@
+"""Measuring models: texts in order, figures as defined."""
+
+import pytest
+import torch
+from conftest import make_teacher
+from transformers import AutoTokenizer
+
+from modular_t5 import ModularT5ForConditionalGeneration
+from modular_t5.measuring import generate_texts, measure_speed
+
+
+SOURCES = ["three trees", "a", "seven hundred and six large ships", "two books"]
+
+
+@pytest.fixture
+def tokenizer(pico_tokenizer):
+    return AutoTokenizer.from_pretrained(pico_tokenizer)
+
+
+def test_texts_come_in_the_order_of_the_sources(tokenizer):
+    model = make_teacher(vocab_size=len(tokenizer))
+    one_by_one = [generate_texts(model, tokenizer, [source], max_new_tokens=5)[0] for source in SOURCES]
+    assert generate_texts(model, tokenizer, SOURCES, max_new_tokens=5, batch_size=2) == one_by_one
+    assert len(set(one_by_one)) > 1
+    assert generate_texts(model, tokenizer, [], max_new_tokens=5) == []
+
+
+def test_generation_arguments_reach_generate(tokenizer):
+    model = make_teacher(vocab_size=len(tokenizer))
+    with pytest.raises(ValueError, match="nonsense"):
+        generate_texts(model, tokenizer, SOURCES, max_new_tokens=5, nonsense=1)
+
+
+def test_speed_counts_the_tokens_of_the_batch(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr("modular_t5.measuring.time.perf_counter", lambda: float(next(clock)))  # every generation takes one second
+    bank = ModularT5ForConditionalGeneration.from_t5(make_teacher())
+    models = [bank, bank.assemble("6x1/6x1")]
+    assert measure_speed(models, {"input_ids": torch.full((3, 4), 5)}, new_tokens=2, rounds=3) == [6.0, 6.0]
