@@ -3,8 +3,10 @@
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from .assembly_modular_t5 import AssemblyPlan
+from .calibration import calibrate
 from .choosing_modular_t5 import STRATEGIES, BankShape, Latency, PlanReport
 from .configuration_modular_t5 import ModularT5Config
+from .latency import measure_latency
 from .model_card import assembled_card, bank_card
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .trainer import ModularTrainer
@@ -31,4 +33,6 @@ __all__ = [
     "PlanReport",
     "assembled_card",
     "bank_card",
+    "calibrate",
+    "measure_latency",
 ]

@@ -18,8 +18,25 @@ from .assembly_modular_t5 import (
 )
 
 
-# Of each side and granularity, what each module costs in loss when it alone is in place.
-ModuleScores = Mapping[str, Mapping[int, Sequence[float]]]
+class Scores(NamedTuple):
+    """What calibrating found: how far from the teacher a bank gets.
+
+    Args:
+        modules: of each side and granularity, by each module when it alone is in place.
+        plans: by plans that were measured as a whole.
+        own_parts: by what the bank has of its own beside modules, which every plan with modules runs.
+    """
+
+    modules: Mapping[str, Mapping[int, Sequence[float]]]
+    plans: Mapping[AssemblyPlan, float]
+    own_parts: float = 0.0
+
+    def foreseen(self, plan: AssemblyPlan) -> float:
+        """Measured, or else the sum of the modules' scores; nothing for the teacher."""
+        if plan in self.plans:
+            return self.plans[plan]
+        of_modules = [self.modules[side][span][start // span] for side in SIDES for start, span in plan.blocks(side) if span > 1]
+        return self.own_parts + sum(of_modules) if of_modules else 0.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +127,7 @@ class BankShape:
         bytes_per_parameter: 4 for float32, 2 for bfloat16.
         own_head_parameters: what a plan with modules in the decoder has on top, where the bank trained a head of its own.
         wide_parameters: of one block a side, those that stay in float32 whatever the rest is in.
-        scores: of the modules, where they were calibrated.
+        scores: where the bank was calibrated.
         latency: where it was measured.
     """
 
@@ -121,7 +138,7 @@ class BankShape:
     bytes_per_parameter: int = 4
     own_head_parameters: int = 0
     wide_parameters: Mapping[str, int] | None = None
-    scores: ModuleScores | None = None
+    scores: Scores | None = None
     latency: Latency | None = None
 
     @property
@@ -235,27 +252,23 @@ def _speed_first(shape: BankShape) -> Iterator[AssemblyPlan]:
 
 
 def _calibrated(shape: BankShape) -> Iterator[AssemblyPlan]:
-    if shape.scores is None:
+    scores = shape.scores
+    if scores is None:
         raise ValueError("the strategy 'calibrated' needs scores of this bank's modules: calibrate(bank, dataset, ...) makes them")
-    # Of each pair of depths the best plan, and these in order. What a plan costs depends on its depths alone, and scores add up, so the
-    # first of them that is within a budget is the best of all plans that are.
-    encoders, decoders = (_best_of_depths(shape, side, shape.scores[side]) for side in SIDES)
-    scored = [
-        (encoder_score + decoder_score, len(encoder) + len(decoder), encoder, decoder)
-        for (encoder_score,), encoder in encoders
-        for (decoder_score,), decoder in decoders
-    ]
-    for _, _, encoder, decoder in sorted(scored):
-        yield AssemblyPlan(encoder, decoder)
+    # Of each pair of depths the best plan, those that were measured, and these in order. What a plan costs depends on its depths alone, and
+    # scores of modules add up, so the first of them that is within a budget is the best of all plans that are.
+    encoders, decoders = (_best_of_depths(shape, side, scores.modules[side]) for side in SIDES)
+    plans = {*scores.plans, *(AssemblyPlan(encoder, decoder) for encoder in encoders for decoder in decoders)}
+    yield from sorted(plans, key=lambda plan: (scores.foreseen(plan), sum(plan.depths), plan.encoder, plan.decoder))
 
 
-def _best_of_depths(shape: BankShape, side: str, scores: Mapping[int, Sequence[float]]) -> list[tuple[tuple[float, ...], tuple[int, ...]]]:
-    """Of every depth of a side, the least score and its tiling; original layers cost nothing."""
+def _best_of_depths(shape: BankShape, side: str, scores: Mapping[int, Sequence[float]]) -> list[tuple[int, ...]]:
+    """Of every depth of a side, the tiling of the least score; original layers cost nothing."""
 
     def score(start: int, span: int) -> tuple[float]:
         return (scores[span][start // span] if span > 1 else 0.0,)
 
-    return list(cheapest_tilings(shape.num_layers[side], shape.granularities[side], score).values())
+    return [tiling for _, tiling in cheapest_tilings(shape.num_layers[side], shape.granularities[side], score).values()]
 
 
 class Strategy(NamedTuple):

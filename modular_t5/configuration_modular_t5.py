@@ -10,7 +10,7 @@ from transformers import T5Config
 from transformers.activations import ACT2FN
 
 from .assembly_modular_t5 import MAX_LAYERS, SIDES, AssemblyPlan, PlanLike, checked_plan, is_integer, teacher_plan
-from .choosing_modular_t5 import ModuleScores
+from .choosing_modular_t5 import Scores
 
 
 DEFAULT_GRANULARITIES = (2, 3, 4, 6)
@@ -36,7 +36,7 @@ _AUTO_MAP = {
 }
 
 # What a bank's configuration has beside a T5's, and then what it has otherwise than a T5.
-_OWN_FIELDS = ("granularities", "initialization", "lora", "module_scores", "modules_only", "own_parts", "plan", "teacher")
+_OWN_FIELDS = ("calibration", "granularities", "initialization", "lora", "modules_only", "own_parts", "plan", "teacher")
 _BANK_FIELDS = (*_OWN_FIELDS, "architectures", "auto_map", "decoder_layers", "model_type", "transformers_version")
 
 # Wider than any T5 by a factor of ten or more. A file that asks for more is refused before memory is taken.
@@ -82,8 +82,8 @@ class ModularT5Config(T5Config):
             without it, the `"sha256"` of its weights.
         modules_only: whether a saved bank is without its teacher.
         lora: `{"rank": ..., "scaling": ...}` of a bank whose modules are low-rank differences from layers of the teacher.
-        module_scores: what `calibrate` found each module to cost in loss: `{"encoder": {"2": [...], ...}, "decoder": ...}`, of each
-            granularity the modules from the bottom up.
+        calibration: what `calibrate` found modules and plans to cost: `{"modules": {"encoder": {"2": [...], ...}, "decoder": ...},
+            "plans": {"2x3/2x3": ...}, "own_parts": ...}`, of each granularity the modules from the bottom up.
         kwargs: every field of `T5Config`.
 
     Raises:
@@ -101,7 +101,7 @@ class ModularT5Config(T5Config):
     teacher: Mapping[str, str | None] | None = None
     modules_only: bool = False
     lora: Mapping[str, float] | None = None
-    module_scores: Mapping[str, Mapping[str, Sequence[float]]] | None = None
+    calibration: Mapping[str, Mapping[str, Any]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.dtype is not None and str(self.dtype).removeprefix("torch.") not in _DTYPES:
@@ -135,17 +135,19 @@ class ModularT5Config(T5Config):
         self.lora = _checked_mapping("lora", self.lora, {"rank": int, "scaling": Real}) if self.lora else None
         if self.lora and not (self.lora["rank"] or 0) >= 1:
             raise ValueError(f"the rank of lora must be a positive integer, got {self.lora['rank']!r}")
-        if self.module_scores is not None:
-            self.module_scores = _checked_scores(self.module_scores, layers, self.granularities)
+        if self.calibration is not None:
+            self.calibration = _checked_calibration(self.calibration, layers, self.granularities)
         self.auto_map = dict(_AUTO_MAP)
         set_cache_depth(self)
 
     @property
-    def scores(self) -> ModuleScores | None:
-        """`module_scores`, by granularity as a number."""
-        if self.module_scores is None:
+    def scores(self) -> Scores | None:
+        """`calibration`, as choosing a plan takes it."""
+        if self.calibration is None:
             return None
-        return {side: {int(s): of_modules for s, of_modules in of_side.items()} for side, of_side in self.module_scores.items()}
+        modules = {side: {int(s): scores for s, scores in of_side.items()} for side, of_side in self.calibration["modules"].items()}
+        plans = {AssemblyPlan.parse(plan): score for plan, score in self.calibration.get("plans", {}).items()}
+        return Scores(modules, plans, self.calibration.get("own_parts", 0.0))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -169,22 +171,32 @@ def _checked_mapping(name: str, given: Any, types: Mapping[str, type]) -> dict[s
     return {key: given.get(key) for key in types}
 
 
-def _checked_scores(given: Any, layers: Mapping[str, int], granularities: Mapping[str, Sequence[int]]) -> dict[str, dict[str, list[float]]]:
+def _checked_calibration(given: Any, layers: Mapping[str, int], granularities: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """`given` with strings for granularities, as JSON has them."""
-    if not isinstance(given, Mapping) or set(given) != set(SIDES) or not all(isinstance(given[side], Mapping) for side in SIDES):
-        raise ValueError(f"module_scores is a mapping of both sides, each of granularities to lists of numbers; got {given!r}")
-    scores = {side: {str(s): of_modules for s, of_modules in given[side].items()} for side in SIDES}
+    if not isinstance(given, Mapping) or not {"modules"} <= set(given) <= {"modules", "plans", "own_parts"}:
+        raise ValueError(f"calibration is a mapping with the scores of 'modules', and of 'plans' if there are any; got {given!r}")
+    modules, plans = given["modules"], given.get("plans") or {}
+    if not isinstance(modules, Mapping) or set(modules) != set(SIDES) or not all(isinstance(modules[side], Mapping) for side in SIDES):
+        raise ValueError(
+            f"the modules of calibration are a mapping of both sides, each of granularities to lists of numbers; got {modules!r}"
+        )
+    checked: dict[str, dict[str, list[float]]] = {}
     for side in SIDES:
+        of_side = {str(s): scores for s, scores in modules[side].items()}
         wanted = {str(s): layers[side] // s for s in granularities[side]}
-        found = {s: len(of_modules) if isinstance(of_modules, list | tuple) else None for s, of_modules in scores[side].items()}
-        if found != wanted:
-            raise ValueError(f"module_scores must have of each {side} granularity a number a module, {wanted}; got {scores[side]!r}")
-        for s, of_modules in scores[side].items():
-            for score in of_modules:
-                if not isinstance(score, Real) or isinstance(score, bool) or not math.isfinite(score):
-                    raise ValueError(f"module_scores of the {side}'s granularity {s} must be finite numbers, got {score!r}")
-        scores[side] = {s: list(map(float, scores[side][s])) for s in wanted}
-    return scores
+        if {s: len(scores) if isinstance(scores, list | tuple) else None for s, scores in of_side.items()} != wanted:
+            raise ValueError(f"calibration must have of each {side} granularity a number a module, {wanted}; got {of_side!r}")
+        checked[side] = {s: [_finite(score) for score in of_side[s]] for s in wanted}
+    if not isinstance(plans, Mapping):
+        raise ValueError(f"the plans of calibration are a mapping of plans to numbers; got {plans!r}")
+    plans = {str(checked_plan(AssemblyPlan.from_any(plan), layers, granularities)): _finite(score) for plan, score in plans.items()}
+    return {"modules": checked, "plans": plans, "own_parts": _finite(given.get("own_parts", 0))}
+
+
+def _finite(score: Any) -> float:
+    if not isinstance(score, Real) or isinstance(score, bool) or not math.isfinite(score):
+        raise ValueError(f"a score of calibration must be a finite number, got {score!r}")
+    return float(score)
 
 
 def t5_fields(config: T5Config) -> dict[str, Any]:

@@ -262,8 +262,9 @@ class ModularTrainer(CheckpointingTrainer):
         return draw_plans(self._shape, seed=args.seed, step=step, progress=progress, odds=self._odds, **drawn)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is whole."""
+        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is whole. A calibration is forgotten."""
         self._checked = False
+        self.bank.config.calibration = None  # of modules that are other ones from now on
         if self.args.attention_weight:
             logger.warning(
                 "attention_weight is not 0: attention runs in eager mode during training, for other modes hide its probabilities"

@@ -8,7 +8,7 @@ import pytest
 
 from modular_t5 import AssemblyPlan, BankShape, Latency
 from modular_t5.assembly_modular_t5 import SIDES, tilings
-from modular_t5.choosing_modular_t5 import LIMITS, assembly_record, resolve_plan
+from modular_t5.choosing_modular_t5 import LIMITS, Scores, assembly_record, resolve_plan
 
 
 GRANULARITIES = (2, 3, 4, 6)
@@ -212,32 +212,25 @@ def test_an_assembled_model_remembers_what_was_asked_and_what_came_out():
 def scored(shape, seed):
     """The shape with random scores of every module, some of them below zero."""
     random = np.random.default_rng(seed)
-    scores = {
+    modules = {
         side: {s: (random.random(shape.num_layers[side] // s) * s - 0.3).tolist() for s in shape.granularities[side]} for side in SIDES
     }
-    return replace(shape, scores=scores)
-
-
-def score(shape, plan):
-    return sum(shape.scores[side][span][start // span] for side in SIDES for start, span in plan.blocks(side) if span > 1)
+    return replace(shape, scores=Scores(modules, {}))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_calibrated_finds_the_best_of_all_85_264_plans(seed):
     bank = scored(TIMED, seed)
-    of_side = {
-        side: [
-            (AssemblyPlan(t, t), sum(bank.scores[side][s][at // s] for at, s in AssemblyPlan(t, t).blocks(side) if s > 1))
-            for t in tilings(12, GRANULARITIES)
-        ]
-        for side in SIDES
-    }
-    depths = {side: np.array([len(plan.encoder) for plan, _ in of_side[side]]) for side in SIDES}
-    scores = {side: np.array([score for _, score in of_side[side]]) for side in SIDES}
-    total = scores["encoder"][:, None] + scores["decoder"]
+    sides = []
+    for side in SIDES:
+        plans = [AssemblyPlan(tiling, tiling) for tiling in tilings(12, GRANULARITIES)]
+        scores = [sum(bank.scores.modules[side][s][start // s] for start, s in plan.blocks(side) if s > 1) for plan in plans]
+        sides.append((np.array([len(plan.encoder) for plan in plans]), np.array(scores)))
+    (encoder, encoder_score), (decoder, decoder_score) = sides
+    total = encoder_score[:, None] + decoder_score
     assert total.size == 85_264
-    layers = depths["encoder"][:, None] * 7_079_424 + depths["decoder"] * 9_439_488
-    latency = 5 + depths["encoder"][:, None] + 7 * depths["decoder"]
+    layers = encoder[:, None] * 7_079_424 + decoder * 9_439_488
+    latency = 5 + encoder[:, None] + 7 * decoder
     budgets = [("ratio", bound, layers <= 12 * (7_079_424 + 9_439_488) / bound) for bound in (1, 1.3, 2, 4, 6)]
     budgets += [("max_parameters", bound, layers + 24_676_992 <= bound) for bound in (60_000_000, 120_000_000)]
     budgets += [("max_bytes", 500_000_000, 4 * (layers + 24_676_992) <= 500_000_000)]
@@ -245,7 +238,17 @@ def test_calibrated_finds_the_best_of_all_85_264_plans(seed):
     for name, bound, within in budgets:
         chosen = bank.choose("calibrated", **{name: bound})
         assert LIMITS[name].met_by(bank.report(chosen), bound)
-        assert score(bank, chosen) == pytest.approx(total[within].min(), abs=1e-12)
+        assert bank.scores.foreseen(chosen) == pytest.approx(total[within].min(), abs=1e-12)
+
+
+def test_what_was_measured_counts_more_than_what_was_foreseen():
+    bank = scored(T5_BASE, 0)
+    first, second = bank.plans("calibrated")[:2]
+    odd = AssemblyPlan.parse("6x2/1x2-2x5")  # not the best of its depths
+    assert odd not in bank.plans("calibrated")
+    measured = replace(bank, scores=bank.scores._replace(plans={first: 100.0, odd: -100.0}))
+    assert measured.plans("calibrated")[:2] == [odd, second]
+    assert measured.plans("calibrated")[-1] == first
 
 
 def test_calibrated_needs_scores():
@@ -255,4 +258,4 @@ def test_calibrated_needs_scores():
 
 def test_of_equal_scores_the_smaller_plan_is_preferred():
     nothing = {side: {s: [0.0] * (12 // s) for s in GRANULARITIES} for side in SIDES}
-    assert replace(T5_BASE, scores=nothing).choose("calibrated", 1).depths == (2, 2)
+    assert replace(T5_BASE, scores=Scores(nothing, {})).choose("calibrated", 1).depths == (2, 2)

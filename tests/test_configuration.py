@@ -49,14 +49,16 @@ def test_json_round_trip(tmp_path):
 
 
 def scores_of(granularity, scores):
-    return {side: {granularity: scores} for side in ("encoder", "decoder")}
+    return {"modules": {side: {granularity: scores} for side in ("encoder", "decoder")}}
 
 
-def test_scores_of_modules_survive_json(tmp_path):
-    config = ModularT5Config(num_layers=6, granularities=(6,), module_scores=scores_of(6, (1,)))
+def test_a_calibration_survives_json(tmp_path):
+    given = {**scores_of(6, (1,)), "plans": {AssemblyPlan.parse("6x1/6x1"): 2}}
+    config = ModularT5Config(num_layers=6, granularities=(6,), calibration=given)
     config.save_pretrained(tmp_path)
-    assert ModularT5Config.from_pretrained(tmp_path).module_scores == scores_of("6", [1.0])
-    assert config.scores == scores_of(6, [1.0])
+    assert ModularT5Config.from_pretrained(tmp_path).calibration == {**scores_of("6", [1.0]), "plans": {"6x1/6x1": 2.0}, "own_parts": 0.0}
+    assert config.scores.modules == scores_of(6, [1.0])["modules"]
+    assert config.scores.plans == {AssemblyPlan.parse("6x1/6x1"): 2.0}
     assert ModularT5Config(num_layers=6).scores is None
 
 
@@ -86,18 +88,18 @@ def test_scores_of_modules_survive_json(tmp_path):
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon must be from 0 to 1, got nan"),
         ({"dropout_rate": 2.0}, "dropout_rate must be from 0 to 1"),
         ({"feed_forward_proj": "gated-nope"}, "unknown activation 'nope'"),
-        ({"module_scores": [1, 2]}, "module_scores is a mapping of both sides"),
-        ({"module_scores": {"encoder": {}}}, "module_scores is a mapping of both sides"),
+        ({"calibration": [1, 2]}, "calibration is a mapping with the scores of 'modules'"),
+        ({"calibration": {"modules": {}, "more": {}}}, "calibration is a mapping with the scores of 'modules'"),
+        ({"calibration": {"modules": {"encoder": {}}}}, "the modules of calibration are a mapping of both sides"),
         (
-            {"granularities": (2,), "module_scores": scores_of(2, [0.5, 0.5])},
+            {"granularities": (2,), "calibration": scores_of(2, [0.5, 0])},
             r"of each encoder granularity a number a module, {'2': 3}; got {'2': \[0.5, 0",
         ),
-        ({"granularities": (6,), "module_scores": scores_of(6, "1")}, "must have of each encoder"),
-        (
-            {"granularities": (6,), "module_scores": scores_of(6, [float("nan")])},
-            "of the encoder's granularity 6 must be finite numbers, got nan",
-        ),
-        ({"granularities": (6,), "module_scores": scores_of(6, ["1"])}, "must be finite numbers, got '1'"),
+        ({"granularities": (6,), "calibration": scores_of(6, "1")}, "must have of each encoder"),
+        ({"granularities": (6,), "calibration": scores_of(6, [float("nan")])}, "a score of calibration must be a finite number, got nan"),
+        ({"granularities": (6,), "calibration": scores_of(6, ["1"])}, "must be a finite number, got '1'"),
+        ({"granularities": (6,), "calibration": {**scores_of(6, [1]), "plans": {"6x1/2x3": 1}}}, "uses granularity 2"),
+        ({"granularities": (6,), "calibration": {**scores_of(6, [1]), "plans": [1]}}, "the plans of calibration are a mapping"),
     ],
 )
 def test_bad_fields_are_refused_with_the_value(fields, message):

@@ -97,10 +97,11 @@ def test_budgets_are_kept_from_memory_and_from_disk(dtype, tmp_path):
 
 def test_scores_of_modules_come_with_a_saved_bank(tmp_path):
     bank = make_bank()
-    bank.config.module_scores = {
+    modules = {
         "encoder": {"2": [9, 9, 9], "3": [1, 1], "6": [9]},
         "decoder": {"2": [9, 9, 9], "3": [0.5, 9], "6": [2]},
     }
+    bank.config.calibration = {"modules": modules, "plans": {"6x1/6x1": 8.5}}
     bank.save_pretrained(tmp_path)
     assert str(load(tmp_path).choose_plan("calibrated", 2)) == str(bank.choose_plan("calibrated", 2)) == "1x6/6x1"
     assert same(assemble_from(tmp_path, "calibrated", 6), bank.assemble("6x1/6x1"))

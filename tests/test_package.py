@@ -36,6 +36,8 @@ ROOMS = [
     "significance",
     "baselines",
     "measuring",
+    "latency",
+    "calibration",
     "frontier",
     "model_card",
     "trainer",

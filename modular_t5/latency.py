@@ -1,0 +1,115 @@
+"""What generating takes on this machine: a few sizes of a bank are timed, and predict every plan."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .assembly_modular_t5 import SIDES, AssemblyPlan
+from .choosing_modular_t5 import Latency
+from .measuring import environment, median_seconds, write_json
+from .modeling_modular_t5 import ModularT5ForConditionalGeneration
+
+
+@torch.inference_mode()
+def measure_latency(
+    bank: ModularT5ForConditionalGeneration,
+    *,
+    batch_size: int = 1,
+    source_length: int = 32,
+    target_length: int = 32,
+    num_beams: int = 1,
+    rounds: int = 5,
+    file: str | os.PathLike | None = None,
+    description: str | None = None,
+) -> Latency:
+    """Time what `generate` takes for one batch, and split it into a part for each block of a side and the rest.
+
+    Five plans are timed in turns: both sides at their deepest and at their shallowest, in all combinations, and one between. Least squares
+    of relative errors give the three parts; blocks of a side cost alike, whatever they stand for.
+
+    Args:
+        batch_size: sources at a time.
+        source_length, target_length: in tokens; every source is so long, and so many tokens are generated for each.
+        num_beams: of beam search; 1 is greedy search.
+        rounds: of which the median counts.
+        file: where measurements are kept. One of the same request, model, hardware and versions is taken from there, a new one added.
+        description: of a progress bar; none without it.
+
+    Raises:
+        ValueError: a number is not a positive integer, or the file holds something else.
+    """
+    request = {"batch_size": batch_size, "source_length": source_length, "target_length": target_length, "num_beams": num_beams}
+    for name, value in {**request, "rounds": rounds}.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    told = environment()
+    config = bank.config
+    made = {
+        "hardware": told["hardware"],
+        "versions": told["versions"],
+        "request": {**request, "dtype": str(bank.dtype).removeprefix("torch."), "device": bank.device.type},
+        "model": {name: getattr(config, name) for name in _DIMENSIONS},
+    }
+    kept = _read(file) if file is not None else []
+    for entry in kept:
+        if made.items() <= entry.items():
+            return Latency(entry["base_ms"], entry["block_ms"], entry["hardware"], entry["request"])
+    plans = _timed_plans(bank)
+    models = [bank.assemble(plan, share_weights=not config.lora) for plan in plans]
+    torch_random = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(3, config.vocab_size, (batch_size, source_length), generator=torch_random).to(bank.device)
+    arguments = {"do_sample": False, "num_beams": num_beams, "min_new_tokens": target_length, "max_new_tokens": target_length}
+    arguments |= {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    seconds = median_seconds([partial(model.generate, **arguments) for model in models], rounds=rounds, description=description)
+    base, *blocks = _fitted(plans, seconds)
+    latency = Latency(base, dict(zip(SIDES, blocks, strict=True)), told["hardware"], made["request"])
+    if file is not None:
+        entry = {
+            **made,
+            "date": told["date"],
+            **asdict(latency),
+            "measured_ms": {str(p): 1000 * s for p, s in zip(plans, seconds, strict=True)},
+        }
+        write_json(file, [*kept, entry])
+    return latency
+
+
+# Of a T5, what the cost of a block and of the rest depends on.
+_DIMENSIONS = ("d_model", "d_kv", "d_ff", "num_heads", "vocab_size", "feed_forward_proj")
+
+
+def _timed_plans(bank: ModularT5ForConditionalGeneration) -> list[AssemblyPlan]:
+    depths = {}
+    for side, tilings in bank.shape.canonical.items():
+        of_side = list(tilings.values())
+        depths[side] = [of_side[0], of_side[-1], of_side[len(of_side) // 2]]
+    (deep, shallow, middle), (decoder_deep, decoder_shallow, decoder_middle) = (depths[side] for side in SIDES)
+    pairs = [(deep, decoder_deep), (deep, decoder_shallow), (shallow, decoder_deep), (shallow, decoder_shallow), (middle, decoder_middle)]
+    return [AssemblyPlan(encoder, decoder) for encoder, decoder in pairs]
+
+
+def _fitted(plans: list[AssemblyPlan], seconds: list[float]) -> list[float]:
+    """Milliseconds of the rest, of an encoder block and of a decoder block; least squares of errors relative to what was measured."""
+    measured = 1000 * torch.tensor(seconds, dtype=torch.float64)
+    counts = torch.tensor([[1, *plan.depths] for plan in plans], dtype=torch.float64)
+    fit = torch.linalg.lstsq(counts / measured[:, None], torch.ones(len(plans), 1, dtype=torch.float64)).solution.flatten()
+    return fit.clamp(min=0).tolist()
+
+
+def _read(file: str | os.PathLike) -> list[Mapping[str, Any]]:
+    """The measurements in a file; none if there is none."""
+    if not Path(file).exists():
+        return []
+    try:
+        kept = json.loads(Path(file).read_text(encoding="utf-8"))
+        if not all({"base_ms", "block_ms", "hardware", "request"} <= entry.keys() for entry in kept):
+            raise ValueError("a measurement lacks a part")
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{file} is not what measure_latency keeps ({error!r})") from error
+    return kept
