@@ -46,9 +46,9 @@ from modular_t5 import (
     assembled_card,
     bank_card,
 )
-from modular_t5.frontier import PICTURE_FILE, RESULTS_FILE, Frontier, FrontierPoint, plot_curves, standard_sizes
-from modular_t5.measuring import environment, generate_texts, measure_speed
-from modular_t5.pairs import Pairs, scores_of, signatures
+from modular_t5.frontier import PICTURE_FILE, RESULTS_FILE, measure_frontier, plot_curves, standard_sizes
+from modular_t5.measuring import generate_texts
+from modular_t5.pairs import Pairs, scores_of
 
 
 NEXT = """
@@ -142,7 +142,11 @@ def main() -> None:
     plans = standard_sizes(bank.shape)
 
     say(f"Evaluating {len(plans)} plans before training: layers dropped, nothing learned")
-    untrained = {name: evaluate(bank, name, plan, tokenizer, sources, targets, args) for name, plan in plans.items()}
+    untrained = {}
+    for name, plan in plans.items():
+        with bank.using(plan):
+            texts = texts_of(bank, tokenizer, sources, args, description=f"Evaluating {name}")
+        untrained[str(plan)] = scores_of(texts, targets)
 
     if args.targets == "beams":
         say(f"Decoding {len(train.sources)} training texts with the teacher, four beams")
@@ -163,31 +167,26 @@ def main() -> None:
     print("Validation loss:", ", ".join(f"{name} {loss:.3f}" for name, loss in validation_loss.items()))
 
     say(f"Evaluating {len(plans)} sizes, and their speed")
-    scores = {name: evaluate(bank, name, plan, tokenizer, sources, targets, args) for name, plan in plans.items()}
-    batch = tokenizer(sources[:32], return_tensors="pt", padding=True, truncation=True, max_length=args.max_source_length)
-    assembled = [bank.assemble(plan, share_weights=True) for plan in plans.values()]
-    speeds = measure_speed(assembled, batch.to(bank.device), new_tokens=16, description="Timing")
-
-    reports = {name: bank.report(plan) for name, plan in plans.items()}
-    points = [
-        FrontierPoint.of(name, reports[name], scores[name], untrained[name], speed) for name, speed in zip(plans, speeds, strict=True)
-    ]
-    frontier = Frontier(tuple(points), metric="BLEU" if args.teacher else "exact match")
-
+    frontier = measure_frontier(
+        bank,
+        Pairs(sources, targets),
+        tokenizer,
+        plans,
+        metric="BLEU" if args.teacher else "exact match",
+        untrained_scores=untrained,
+        max_new_tokens=args.max_target_length,
+        max_source_length=args.max_source_length,
+        description="Evaluating",
+    )
     frontier.plot(out / "bank" / PICTURE_FILE, title="One training, every size")
     seconds = time.perf_counter() - started
     frontier.save(
         out / "bank" / RESULTS_FILE,
-        **environment(),
         seed=args.seed,
         seconds=round(seconds),
         peak_memory_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),  # Linux counts kilobytes
         targets=args.targets,
         validation_loss=validation_loss,
-        test_examples=len(sources),
-        decoding="greedy",
-        speed=f"greedy, batch {len(batch.input_ids)}, 16 new tokens each, median of 5 interleaved rounds",
-        metrics=signatures(),
     )
     told = {
         "results": out / "bank" / RESULTS_FILE,
@@ -309,20 +308,6 @@ def losses_by_plan(trainer: ModularTrainer, plans: Mapping[str, AssemblyPlan]) -
     trainer.remove_callback(ProgressCallback)  # it would print them all
     metrics = trainer.evaluate()
     return {name: metrics[f"eval_{plan}_loss"] for name, plan in plans.items()}
-
-
-def evaluate(
-    bank: ModularT5ForConditionalGeneration,
-    name: str,
-    plan: AssemblyPlan,
-    tokenizer: PreTrainedTokenizerBase,
-    sources: list[str],
-    targets: list[str],
-    args: QuickstartArguments,
-) -> dict[str, float]:
-    """Scores, 0 to 100, of what the bank generates under a plan."""
-    with bank.using(plan):
-        return scores_of(texts_of(bank, tokenizer, sources, args, description=f"Evaluating {name}"), targets)
 
 
 def texts_of(

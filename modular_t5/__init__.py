@@ -6,6 +6,7 @@ from .assembly_modular_t5 import AssemblyPlan
 from .calibration import calibrate
 from .choosing_modular_t5 import STRATEGIES, BankShape, Latency, PlanReport
 from .configuration_modular_t5 import ModularT5Config
+from .frontier import Frontier, measure_frontier
 from .latency import measure_latency
 from .model_card import assembled_card, bank_card
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
@@ -25,6 +26,7 @@ __all__ = [
     "STRATEGIES",
     "AssemblyPlan",
     "BankShape",
+    "Frontier",
     "Latency",
     "ModularT5Config",
     "ModularT5ForConditionalGeneration",
@@ -34,5 +36,6 @@ __all__ = [
     "assembled_card",
     "bank_card",
     "calibrate",
+    "measure_frontier",
     "measure_latency",
 ]

@@ -1,7 +1,7 @@
 """Which of a bank's sizes to take: strategies, budgets, and what each size costs. Pure arithmetic, no torch."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, NamedTuple, TypedDict, Unpack
@@ -97,13 +97,18 @@ class Budgets(TypedDict, total=False):
 class Limit(NamedTuple):
     """What a budget bounds: which figure of a size, from below or from above, and how to say it."""
 
-    figure: Callable[[PlanReport], float | None]
+    figure: Callable[[Any], float]
     at_least: bool
     said: str
 
-    def met_by(self, report: PlanReport, bound: float) -> bool:
-        figure = self.figure(report)
-        return figure >= bound if self.at_least else figure <= bound
+    def within(self, sizes: Sequence[Any], name: str, bound: float) -> list[Any]:
+        """Of sizes, each with a `plan`, those that a bound leaves; a `ValueError` that names the nearest if there is none."""
+        left = [size for size in sizes if (self.figure(size) >= bound if self.at_least else self.figure(size) <= bound)]
+        if not left:
+            nearest = (max if self.at_least else min)(sizes, key=self.figure)
+            said = self.said.format(self.figure(nearest))
+            raise ValueError(f"{name}={bound!r}: none of {len(sizes)} sizes is within it; the nearest is {nearest.plan} with {said}")
+        return left
 
 
 LIMITS: dict[str, Limit] = {
@@ -193,40 +198,29 @@ class BankShape:
         one that no plan of the strategy meets; the message names the nearest plan.
         """
         plans = self.plans(strategy)
-        name, bound = _the_one_budget({"ratio": ratio, **budgets}, self)
-        reports = [self.report(plan) for plan in plans]
-        limit = LIMITS[name]
-        fitting = next((report.plan for report in reports if limit.met_by(report, bound)), None)
-        if fitting is None:
-            nearest = (max if limit.at_least else min)(reports, key=limit.figure)
-            raise ValueError(
-                f"{name}={bound!r}: no plan of {strategy} is within it; the nearest is {nearest.plan} with "
-                + limit.said.format(limit.figure(nearest))
-            )
-        return fitting
+        name, bound = the_one_budget({"ratio": ratio, **budgets}, LIMITS)
+        if name == "ratio" and not (is_number(bound) and 1 <= bound <= self.largest_ratio):
+            largest = math.floor(10_000 * self.largest_ratio) / 10_000  # rounded up, it would be refused itself
+            raise ValueError(f"ratio must be a number from 1 (the teacher) to {largest:.12g} ({self.smallest}), got {bound!r}")
+        if name in ("min_speedup", "max_latency_ms") and self.latency is None:
+            raise ValueError(f"{name} needs latency=, what measure_latency(bank, ...) returned for your machine, batch and lengths")
+        return LIMITS[name].within([self.report(plan) for plan in plans], name, bound)[0].plan
 
 
-def _the_one_budget(given: Mapping[str, Any], shape: BankShape) -> tuple[str, float]:
-    """Name and bound of the only budget that is not None."""
-    if unknown := sorted(set(given) - set(LIMITS)):
-        raise ValueError(f"there is no budget {unknown[0]!r}; choose one of {', '.join(LIMITS)}")
+def the_one_budget(given: Mapping[str, Any], known: Iterable[str]) -> tuple[str, float]:
+    """Name and bound of the only budget that is not None; a `ValueError` if it is not the only one, or no positive number."""
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"there is no budget {unknown[0]!r}; choose one of {', '.join(known)}")
     given = {name: bound for name, bound in given.items() if bound is not None}
     if len(given) != 1:
-        told = f"{', '.join(given)} were given" if given else "none was given"
-        raise ValueError(f"a strategy goes with exactly one of {', '.join(LIMITS)}; {told}")
+        raise ValueError(f"give exactly one of {', '.join(known)}; got {', '.join(given) or 'none'}")
     ((name, bound),) = given.items()
-    if name == "ratio":
-        if not _is_number(bound) or not 1 <= bound <= shape.largest_ratio:
-            largest = math.floor(10_000 * shape.largest_ratio) / 10_000  # rounded up, it would be refused itself
-            raise ValueError(f"ratio must be a number from 1 (the teacher) to {largest:.12g} ({shape.smallest}), got {bound!r}")
-    elif not _is_number(bound) or not 0 < bound < math.inf:
+    if name != "ratio" and not (is_number(bound) and 0 < bound < math.inf):
         raise ValueError(f"{name} must be a positive number, got {bound!r}")
-    if name in ("min_speedup", "max_latency_ms") and shape.latency is None:
-        raise ValueError(f"{name} needs latency=, what measure_latency(bank, ...) returned for your machine, batch and lengths")
     return name, bound
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

@@ -1,30 +1,42 @@
 """What the sizes of a bank are worth: quality, size and speed of each plan, as a table, a picture and a file."""
 
+import csv
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .assembly_modular_t5 import AssemblyPlan
-from .choosing_modular_t5 import BankShape, PlanReport
-from .measuring import write_json
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .assembly_modular_t5 import AssemblyPlan, PlanLike
+from .choosing_modular_t5 import LIMITS, BankShape, Limit, PlanReport, the_one_budget
+from .measuring import environment, generate_texts, measure_speed, write_json
+from .modeling_modular_t5 import ModularT5ForConditionalGeneration
+from .pairs import Pairs, scores_of, signatures
+from .storage_modular_t5 import fingerprint
 
 
 # What a bank's folder calls the file of `Frontier.save` and the picture of `Frontier.plot`.
 RESULTS_FILE, PICTURE_FILE = "frontier.json", "frontier.png"
 
 # Layer ratios that are asked of each strategy where nobody says which.
-STANDARD_RATIOS = {"size-first": (1.2, 1.5, 2, 3, 4, 6), "speed-first": (1.2, 1.4, 1.6, 1.9)}
+STANDARD_RATIOS = {
+    "size-first": (1.2, 1.5, 2, 3, 4, 6),
+    "speed-first": (1.2, 1.4, 1.6, 1.9),
+    "calibrated": (1.2, 1.5, 2, 2.5, 3, 4),
+}
 
 
 def standard_sizes(shape: BankShape) -> dict[str, AssemblyPlan]:
     """By name, the teacher and every distinct plan of `STANDARD_RATIOS` that a bank reaches."""
     plans = {"teacher": shape.teacher}
     for strategy, ratios in STANDARD_RATIOS.items():
-        for ratio in ratios:
+        for ratio in ratios if strategy != "calibrated" or shape.scores is not None else ():
             if ratio <= shape.largest_ratio and (plan := shape.choose(strategy, ratio)) not in plans.values():
                 plans[f"{strategy} {ratio:g}x"] = plan
     return plans
@@ -42,7 +54,7 @@ class FrontierPoint:
         parameters: all of them, embeddings included.
         bytes: of those parameters.
         scores: of the metrics, higher is better.
-        untrained_scores: of the same plan before the bank was trained: original layers dropped, nothing learned.
+        untrained_scores: of the same plan before the bank was trained: original layers dropped, nothing learned. Empty if not measured.
         tokens_per_second: as `measure_speed` gives it.
     """
 
@@ -64,13 +76,29 @@ class FrontierPoint:
         counts = (report.plan.depths, report.layer_ratio, report.total_parameters, report.bytes)
         return cls(name, str(report.plan), *counts, scores, untrained_scores, tokens_per_second)
 
+    @property
+    def ms_per_token(self) -> float:
+        """Milliseconds for each token of the batch that was timed."""
+        return 1000 / self.tokens_per_second
+
+
+# What a picture has across, by the budget that it shows: the unit that the figure is divided by, and its name.
+_AXES = {
+    "ratio": (1, "layer ratio"),
+    "max_parameters": (1e6, "million parameters"),
+    "max_bytes": (1e6, "MB"),
+    "min_speedup": (1, "times the teacher's speed"),
+    "max_ms_per_token": (1, "ms a token"),
+}
+
 
 @dataclass(frozen=True)
 class Frontier:
-    """The measured sizes of a bank, the teacher first, and the metric that quality is read by."""
+    """The measured sizes of a bank, the teacher first, the metric that quality is read by, and where and how they were measured."""
 
     points: tuple[FrontierPoint, ...]
     metric: str
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def teacher(self) -> FrontierPoint:
@@ -88,6 +116,39 @@ class Frontier:
         whole = self.teacher.scores[self.metric]
         return 100 * scores[self.metric] / whole if whole else math.nan
 
+    def optimal(self, point: FrontierPoint) -> list[str]:
+        """In what a size is Pareto-optimal: `size` and `speed`, if no other has as much quality for fewer bytes, or in less time."""
+        costs = {"size": lambda each: each.bytes, "speed": lambda each: each.ms_per_token}
+        return [name for name, cost in costs.items() if not any(self._beats(other, point, cost) for other in self.points)]
+
+    def _beats(self, other: FrontierPoint, point: FrontierPoint, cost: Callable[[FrontierPoint], float]) -> bool:
+        others, its = (other.scores[self.metric], -cost(other)), (point.scores[self.metric], -cost(point))
+        return others != its and all(a >= b for a, b in zip(others, its, strict=True))
+
+    @property
+    def limits(self) -> dict[str, Limit]:
+        """The budgets that measured sizes can be held against."""
+        return {
+            "ratio": Limit(lambda point: point.layer_ratio, True, LIMITS["ratio"].said),
+            "max_parameters": Limit(lambda point: point.parameters, False, LIMITS["max_parameters"].said),
+            "max_bytes": Limit(lambda point: point.bytes, False, LIMITS["max_bytes"].said),
+            "min_speedup": Limit(self.speedup, True, LIMITS["min_speedup"].said),
+            "max_ms_per_token": Limit(lambda point: point.ms_per_token, False, "{:.4g} ms a token"),
+            "min_kept": Limit(self.kept, True, "{:.4g} % of the teacher"),
+        }
+
+    def best(self, **budget: float) -> FrontierPoint:
+        """The measured size of the best quality within a budget, one of `limits`; of `min_kept`, in per cent, the smallest size.
+
+        Raises:
+            ValueError: none or several budgets, or one that no size is within; the message names the nearest.
+        """
+        name, bound = the_one_budget(budget, self.limits)
+        within = self.limits[name].within(self.points, name, bound)
+        if name == "min_kept":
+            return min(within, key=lambda point: (point.bytes, -point.scores[self.metric]))
+        return max(within, key=lambda point: (point.scores[self.metric], -point.bytes))
+
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Frontier":
         """What `save` wrote.
@@ -95,11 +156,12 @@ class Frontier:
         Raises:
             ValueError: it did not write that.
         """
-        names = [field.name for field in fields(FrontierPoint)]
+        names = [each.name for each in fields(FrontierPoint)]
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
             points = [FrontierPoint(**{name: point[name] for name in names}) for point in document["points"]]
-            frontier = cls(tuple(replace(point, depths=tuple(point.depths)) for point in points), document["metric"])
+            provenance = {name: value for name, value in document.items() if name not in ("points", "metric")}
+            frontier = cls(tuple(replace(point, depths=tuple(point.depths)) for point in points), document["metric"], provenance)
             for point in [frontier.teacher, *points]:
                 frontier.kept(point)
         except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -108,20 +170,9 @@ class Frontier:
 
     def table(self, points: Sequence[FrontierPoint] | None = None) -> str:
         """A Markdown table, aligned for reading as plain text, of all points or of these."""
-        metrics = list(self.teacher.scores)
-        header = [
-            "size",
-            "plan",
-            "layers",
-            "ratio",
-            "parameters",
-            "MB",
-            *metrics,
-            "kept",
-            "tokens/s",
-            "speed-up",
-            f"untrained drop, {self.metric}",
-        ]
+        metrics, drop = list(self.teacher.scores), bool(self.teacher.untrained_scores)
+        header = ["size", "plan", "layers", "ratio", "parameters", "MB", *metrics, "kept", "ms/token", "speed-up", "Pareto"]
+        header += [f"untrained drop, {self.metric}"] if drop else []
         rows = [
             [
                 point.name,
@@ -132,57 +183,205 @@ class Frontier:
                 f"{point.bytes / 1e6:.2f}",
                 *(f"{point.scores[metric]:.1f}" for metric in metrics),
                 "n/a" if math.isnan(self.kept(point)) else f"{self.kept(point):.1f} %",
-                f"{point.tokens_per_second:,.0f}",
+                f"{point.ms_per_token:.3g}",
                 f"{self.speedup(point):.2f}x",
-                f"{point.untrained_scores[self.metric]:.1f}",
+                ", ".join(self.optimal(point)),
+                *([f"{point.untrained_scores[self.metric]:.1f}"] if drop else []),
             ]
             for point in (self.points if points is None else points)
         ]
         return markdown_table(header, rows, left=2)
 
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Every figure of every size, flat: what `pandas.DataFrame` takes. None stands for what is not a number."""
+        rows = []
+        for point in self.points:
+            kept = None if math.isnan(self.kept(point)) else self.kept(point)
+            row = asdict(point) | {"encoder_layers": point.depths[0], "decoder_layers": point.depths[1]}
+            del row["depths"], row["scores"], row["untrained_scores"]
+            row |= point.scores | {f"untrained {metric}": score for metric, score in point.untrained_scores.items()}
+            row |= {"kept_percent": kept, "ms_per_token": point.ms_per_token, "speedup": self.speedup(point)}
+            rows.append(row | {"pareto": " ".join(self.optimal(point))})
+        return rows
+
+    def to_csv(self, path: str | os.PathLike) -> None:
+        """The same as a file of comma-separated values."""
+        rows = self.to_dicts()
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
     def save(self, path: str | os.PathLike, **provenance: Any) -> None:
-        """Write every figure, and where it comes from, as JSON."""
+        """Write every figure, and where it comes from, as JSON, with more of `provenance` if there is."""
         points = []
         for point in self.points:
             kept = None if math.isnan(self.kept(point)) else self.kept(point)  # JSON has no NaN
             points.append({**asdict(point), "kept_percent": kept, "speedup": self.speedup(point)})
-        write_json(path, {**provenance, "metric": self.metric, "points": points})
+        write_json(path, {**self.provenance, **provenance, "metric": self.metric, "points": points})
 
-    def plot(self, path: str | os.PathLike, title: str = "") -> None:
-        """Quality kept against layer ratio, a line a strategy, beside the same plans before training.
+    def plot(self, path: str | os.PathLike, title: str = "", **budget: float) -> None:
+        """Quality kept against layer ratio, a line a strategy, beside the same plans before training where they were measured.
+
+        Args:
+            budget: one of `limits`: a line is drawn at it, and quality is against what it bounds.
 
         Raises:
+            ValueError: several budgets, or one that is none.
             ImportError: matplotlib is not installed.
         """
+        name, bound = the_one_budget(budget, self.limits) if budget else ("ratio", None)
         figure, axes = picture("Frontier.plot")
+        shown = "ratio" if name == "min_kept" else name
+        (unit, axis), limit = _AXES[shown], self.limits[shown]
+
+        def across(points: Sequence[FrontierPoint]) -> list[float]:
+            return [limit.figure(point) / unit for point in points]
+
         sizes = self.points[1:]
         for strategy, colour in zip(dict.fromkeys(point.name.split()[0] for point in sizes), ("C0", "C1", "C2", "C4"), strict=False):
             line = [self.teacher, *(point for point in sizes if point.name.split()[0] == strategy)]
-            axes.plot([p.layer_ratio for p in line], [self.kept(p) for p in line], "o-", color=colour, label=strategy)
-            untrained = [self._of_teacher(point.untrained_scores) for point in line]
-            axes.plot([p.layer_ratio for p in line], untrained, "x:", color=colour, alpha=0.6, label=f"{strategy}, untrained layer drop")
+            axes.plot(across(line), [self.kept(p) for p in line], "o-", color=colour, label=strategy)
+            if self.teacher.untrained_scores:
+                untrained = [self._of_teacher(point.untrained_scores) for point in line]
+                axes.plot(across(line), untrained, "x:", color=colour, alpha=0.6, label=f"{strategy}, untrained layer drop")
             above = strategy == sizes[0].name.split()[0]
-            for point in line[1:]:
+            for point, x in zip(line[1:], across(line[1:]), strict=True):
                 axes.annotate(
                     "+".join(map(str, point.depths)),
-                    (point.layer_ratio, self.kept(point)),
+                    (x, self.kept(point)),
                     xytext=(4, 5 if above else -12),
                     textcoords="offset points",
                     fontsize=8,
                     color=colour,
                 )
-        axes.plot([1], [100], "*", color="black", markersize=12, label="teacher")
-        axes.set_xscale("log")
-        ticks = [ratio for ratio in (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12) if ratio <= 1.1 * max(p.layer_ratio for p in self.points)]
-        axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
-        axes.minorticks_off()
-        axes.set_xlabel("layer ratio (labels: encoder+decoder layers)")
+        axes.plot(across([self.teacher]), [100], "*", color="black", markersize=12, label="teacher")
+        if bound is not None:
+            style = {"color": "C3", "linestyle": "--", "label": f"{name}={bound:,}"}
+            axes.axhline(bound, **style) if name == "min_kept" else axes.axvline(bound / unit, **style)
+        if limit.at_least:
+            axes.set_xscale("log")
+            ticks = [ratio for ratio in (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12) if ratio <= 1.1 * max(across(self.points))]
+            axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+            axes.minorticks_off()
+        axes.set_xlabel(f"{axis} (labels: encoder+decoder layers)")
         axes.set_ylabel(f"{self.metric}, % of the teacher")
         axes.set_ylim(-3, 109)
         axes.set_title(title)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
         figure.savefig(path)
+
+
+def measure_frontier(
+    bank: ModularT5ForConditionalGeneration,
+    pairs: Pairs,
+    tokenizer: PreTrainedTokenizerBase,
+    plans: Mapping[str, PlanLike] | Iterable[PlanLike] | None = None,
+    *,
+    metric: str = "BLEU",
+    compute_scores: Callable[[Sequence[str], Sequence[str]], dict[str, float]] = scores_of,
+    untrained_scores: Mapping[str, dict[str, float]] | None = None,
+    max_new_tokens: int = 128,
+    max_source_length: int = 512,
+    batch_size: int = 64,
+    speed_batch_size: int = 32,
+    speed_new_tokens: int = 16,
+    file: str | os.PathLike | None = None,
+    description: str | None = "Measuring",
+    **generate_arguments: Any,
+) -> Frontier:
+    """Quality and speed of sizes of a bank, each run in place, and the speeds in turns.
+
+    Args:
+        pairs: what is generated from, and the references.
+        plans: by name, or as they are; by default `standard_sizes`, with those of `calibrated` where the bank is. The teacher comes first.
+        metric: of the scores, the one that quality is read by.
+        compute_scores: texts and references -> scores, higher is better.
+        untrained_scores: by plan, as of `FrontierPoint`.
+        max_new_tokens, max_source_length: in tokens.
+        speed_batch_size, speed_new_tokens: sources that are timed, and tokens generated for each, greedily.
+        file: where the result is saved. What is measured is kept beside it until all is; the same call takes up from there.
+        description: of the progress bars; none without it.
+        generate_arguments: for `generate`, such as `num_beams`; greedy search by default.
+
+    Raises:
+        ValueError: there are no pairs, or no such metric, or a plan that the bank cannot run.
+    """
+    if not pairs.sources:
+        raise ValueError("measuring quality needs pairs of texts; there are none")
+    named = _named_plans(bank, plans)
+    decoding = {"max_new_tokens": max_new_tokens, "max_source_length": max_source_length, **generate_arguments}
+    begun = _Begun(file, lambda: [fingerprint(bank.state_dict()), pairs, decoding, compute_scores.__qualname__])
+    scores = begun.scores
+    for name, plan in tqdm(named.items(), desc=description, disable=description is None, leave=False):
+        if str(plan) in scores:
+            continue
+        with bank.using(plan):
+            texts = generate_texts(
+                bank, tokenizer, pairs.sources, batch_size=batch_size, description=description and f"{description} {name}", **decoding
+            )
+        scores[str(plan)] = compute_scores(texts, pairs.targets)
+        if metric not in scores[str(plan)]:
+            raise ValueError(f"there is no metric {metric!r}; the scores are {', '.join(scores[str(plan)])}")
+        begun.keep()
+    batch = tokenizer(pairs.sources[:speed_batch_size], return_tensors="pt", padding=True, truncation=True, max_length=max_source_length)
+    inputs = {name: batch[name].to(bank.device) for name in ("input_ids", "attention_mask")}
+    sizes = [bank.assemble(plan, share_weights=not bank.config.lora) for plan in named.values()]
+    speeds = measure_speed(sizes, inputs, new_tokens=speed_new_tokens, description=description and f"{description} speed")
+    points = [
+        FrontierPoint.of(name, bank.report(plan), scores[str(plan)], dict((untrained_scores or {}).get(str(plan), {})), speed)
+        for (name, plan), speed in zip(named.items(), speeds, strict=True)
+    ]
+    told = {
+        "test_examples": len(pairs.sources),
+        "decoding": ", ".join(f"{name}={value}" for name, value in generate_arguments.items()) or "greedy",
+        "speed": f"greedy, batch {len(batch.input_ids)}, {speed_new_tokens} new tokens each, median of 5 interleaved rounds",
+        **({"metrics": signatures()} if compute_scores is scores_of else {}),
+    }
+    frontier = Frontier(tuple(points), metric, {**environment(), **told})
+    if file is not None:
+        frontier.save(file)
+    begun.forget()
+    return frontier
+
+
+def _named_plans(
+    bank: ModularT5ForConditionalGeneration, plans: Mapping[str, PlanLike] | Iterable[PlanLike] | None
+) -> dict[str, AssemblyPlan]:
+    """The teacher first, and no plan twice."""
+    shape = bank.shape
+    if plans is None:
+        plans = standard_sizes(shape)
+    elif not isinstance(plans, Mapping):
+        plans = {str(AssemblyPlan.from_any(plan)): plan for plan in plans}
+    named = {"teacher": shape.teacher}
+    for name, plan in plans.items():
+        plan = bank.choose_plan(plan)
+        if plan not in named.values():
+            named[name] = plan
+    return named
+
+
+class _Begun:
+    """The scores of a measurement that was interrupted, kept beside the file that is to hold all; nowhere without a file."""
+
+    def __init__(self, file: str | os.PathLike | None, measured: Callable[[], Any]):
+        self._path = None if file is None else Path(f"{os.fspath(file)}.begun")
+        self.scores: dict[str, dict[str, float]] = {}
+        if self._path is not None:
+            self._key = hashlib.sha256(json.dumps(measured(), default=repr).encode()).hexdigest()
+            kept = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
+            if kept.get("key") == self._key:
+                self.scores = kept["scores"]
+
+    def keep(self) -> None:
+        if self._path is not None:
+            write_json(self._path, {"key": self._key, "scores": self.scores})
+
+    def forget(self) -> None:
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
 
 def plot_curves(

@@ -3,7 +3,6 @@
 The texts are in `model_cards/`; the figures come from a result file of `Frontier.save`, and what is not in one is said not to be known.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -85,13 +84,13 @@ def bank_card(
     told = CardDetails(**details)
     config, shape = bank.config, bank.shape
     modules_only = bool(modules_only if modules_only is not None else config.modules_only or config.lora)
-    measured = _Measured.read(told.results) if told.results is not None else None
+    measured = Frontier.load(told.results) if told.results is not None else None
     if measured is None:
         sizes = {name: shape.report(plan) for name, plan in standard_sizes(shape).items()}
         points = [FrontierPoint.of(name, report, {}, {}, 0.0) for name, report in sizes.items()]
         table = counts_table(sizes)
     else:
-        points, table = list(measured.frontier.points), measured.frontier.table()
+        points, table = list(measured.points), measured.table()
         for point in points:
             if shape.report(AssemblyPlan.parse(point.plan)).total_parameters != point.parameters:
                 raise ValueError(f"{told.results} was measured on another bank: its {point.plan} has {point.parameters:,} parameters")
@@ -132,8 +131,8 @@ def assembled_card(model: T5ForConditionalGeneration, repo_id: str, **details: A
     """
     told = CardDetails(**details)
     origin = origin_of(model.config)
-    measured = _Measured.read(told.results) if told.results is not None else None
-    points = [point for point in measured.frontier.points if point.plan == origin["plan"]] if measured else []
+    measured = Frontier.load(told.results) if told.results is not None else None
+    points = [point for point in measured.points if point.plan == origin["plan"]] if measured else []
     if not points:
         measured = None
     on_hub = origin["revision"] is not None
@@ -150,7 +149,7 @@ def assembled_card(model: T5ForConditionalGeneration, repo_id: str, **details: A
         parameters=f"{model.num_parameters():,}",
         bank=f"the module bank [{origin['bank']}]({url})" if on_hub else "a module bank that is not on the Hub",
         revision=f"`{origin['revision']}`" if on_hub else "none",
-        table=measured and measured.frontier.table([measured.frontier.teacher, *points]),
+        table=measured and measured.table([measured.teacher, *points]),
         not_measured=_not_measured(measured, told),
     )
 
@@ -202,36 +201,26 @@ def shard_table(config: ModularT5Config, modules_only: bool) -> list[tuple[str, 
     return rows
 
 
-class _Measured:
-    """A result file: its frontier, and where it comes from."""
-
-    def __init__(self, frontier: Frontier, provenance: Mapping[str, Any]):
-        self.frontier, self.provenance = frontier, provenance
-
-    @classmethod
-    def read(cls, path: str | os.PathLike) -> "_Measured":
-        return cls(Frontier.load(path), json.loads(Path(path).read_text(encoding="utf-8")))
-
-    @property
-    def legend(self) -> str:
-        told = self.provenance
-        parts = [
-            f"Measured {told['date']} on {told['hardware']}" if {"date", "hardware"} <= told.keys() else "",
-            f"{told['test_examples']} test examples" if "test_examples" in told else "",
-            f"{told['decoding']} decoding" if "decoding" in told else "",
-            f"speed: {told['speed']}" if "speed" in told else "",
-            f"seed {told['seed']}" if "seed" in told else "",
-            ", ".join(f"{name} ({signature})" for name, signature in told.get("metrics", {}).items()),
-        ]
-        kept = f'"kept" is {self.frontier.metric} in per cent of the teacher\'s'
-        return "; ".join(part for part in [*parts, kept] if part) + "."
+def _legend(frontier: Frontier) -> str:
+    """Where and how the figures were measured."""
+    told = frontier.provenance
+    parts = [
+        f"Measured {told['date']} on {told['hardware']}" if {"date", "hardware"} <= told.keys() else "",
+        f"{told['test_examples']} test examples" if "test_examples" in told else "",
+        f"{told['decoding']} decoding" if "decoding" in told else "",
+        f"speed: {told['speed']}" if "speed" in told else "",
+        f"seed {told['seed']}" if "seed" in told else "",
+        ", ".join(f"{name} ({signature})" for name, signature in told.get("metrics", {}).items()),
+    ]
+    kept = f'"kept" is {frontier.metric} in per cent of the teacher\'s'
+    return "; ".join(part for part in [*parts, kept] if part) + "."
 
 
 def _rendered(
     template: str,
     repo_id: str,
     told: CardDetails,
-    measured: _Measured | None,
+    measured: Frontier | None,
     points: Sequence[FrontierPoint],
     *,
     base_model: str | None,
@@ -260,7 +249,7 @@ def _rendered(
         library_name="transformers",
         pipeline_tag=told.pipeline_tag,
         datasets=list(told.datasets) or None,
-        metrics=[_identifier(metric) for metric in measured.frontier.teacher.scores] if measured else None,
+        metrics=[_identifier(metric) for metric in measured.teacher.scores] if measured else None,
         tags=[*_TAGS, *told.tags],
         model_name=name if evaluations else None,
         eval_results=evaluations or None,
@@ -271,14 +260,14 @@ def _rendered(
         name=name,
         repo_id=repo_id,
         results=measured,
-        legend=measured and measured.legend,
+        legend=measured and _legend(measured),
         picture=told.picture,
         example=_quoted(told.example),
         **texts,
     )
 
 
-def _not_measured(measured: _Measured | None, told: CardDetails) -> list[str]:
+def _not_measured(measured: Frontier | None, told: CardDetails) -> list[str]:
     if measured is None:
         return ["Quality and speed, of any size."]
     items = ["Sizes that are not in the table."]

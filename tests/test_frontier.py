@@ -1,15 +1,20 @@
 """Measuring plans: texts in order, figures as defined, files that can be read again."""
 
+import csv
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_teacher
+from conftest import make_bank, make_teacher
+from matplotlib.axes import Axes
+from transformers import AutoTokenizer
 
 from modular_t5 import AssemblyPlan, ModularT5ForConditionalGeneration
-from modular_t5.frontier import Frontier, FrontierPoint, markdown_table, plot_curves
-from modular_t5.measuring import environment
+from modular_t5.frontier import Frontier, FrontierPoint, markdown_table, measure_frontier, plot_curves, standard_sizes
+from modular_t5.measuring import environment, generate_texts
+from modular_t5.pairs import Pairs
 
 
 def point(name, ratio, score, speed, untrained=0.0):
@@ -20,6 +25,11 @@ FRONTIER = Frontier(
     (point("teacher", 1.0, 40.0, 100.0, 40.0), point("size-first 2x", 2.0, 38.0, 180.0, 4.0), point("speed-first 1.5x", 1.5, 36.0, 200.0)),
     metric="BLEU",
 )
+
+
+@pytest.fixture
+def tokenizer(pico_tokenizer):
+    return AutoTokenizer.from_pretrained(pico_tokenizer)
 
 
 def test_kept_and_speedup_are_relative_to_the_teacher():
@@ -69,6 +79,161 @@ def test_a_teacher_that_scores_nothing_is_reported_not_divided_by(tmp_path):
     frontier.save(tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text())["points"][1]["kept_percent"] is None
     frontier.plot(tmp_path / "frontier.png")
+
+
+# -- choosing among measured sizes ------------------------------------------------------------------------------------------------
+
+
+def test_what_nothing_beats_is_pareto_optimal():
+    slow = point("calibrated 2x", 2.0, 36.0, 150.0)
+    frontier = replace(FRONTIER, points=(*FRONTIER.points, slow))
+    frontier = replace(frontier, points=tuple(replace(p, bytes=int(4000 / p.layer_ratio)) for p in frontier.points))
+    assert [frontier.optimal(each) for each in frontier.points] == [["size", "speed"], ["size", "speed"], ["speed"], []]
+    assert [line.split("|")[-3].strip() for line in frontier.table().splitlines()[2:]] == ["size, speed", "size, speed", "speed", ""]
+
+
+@pytest.mark.parametrize(
+    ("budget", "name"),
+    [
+        ({"ratio": 1.2}, "size-first 2x"),
+        ({"max_parameters": 1000}, "teacher"),
+        ({"max_bytes": 4000}, "teacher"),
+        ({"min_speedup": 1.9}, "speed-first 1.5x"),
+        ({"max_ms_per_token": 6}, "size-first 2x"),
+        ({"min_kept": 94.9}, "size-first 2x"),
+    ],
+)
+def test_the_best_within_a_budget(budget, name):
+    smaller = replace(FRONTIER.points[1], bytes=3000)
+    frontier = replace(FRONTIER, points=(FRONTIER.points[0], smaller, FRONTIER.points[2]))
+    assert frontier.best(**budget).name == name
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"max_bytes": 10}, "max_bytes=10: none of 3 sizes is within it; the nearest is 2x3/2x3 with 4,000 bytes"),
+        ({"min_speedup": 3}, "the nearest is 2x3/2x3 with 2 times the teacher's speed"),
+        ({}, "give exactly one of ratio, max_parameters, max_bytes, min_speedup, max_ms_per_token, min_kept; got none"),
+        ({"ratio": 2, "min_kept": 90}, "got ratio, min_kept"),
+        ({"latency": 2}, "there is no budget 'latency'"),
+        ({"min_kept": -1}, "min_kept must be a positive number, got -1"),
+    ],
+)
+def test_a_budget_that_nothing_measured_meets_says_so(budget, message):
+    with pytest.raises(ValueError, match=message):
+        FRONTIER.best(**budget)
+
+
+def test_figures_as_rows(tmp_path):
+    rows = FRONTIER.to_dicts()
+    assert rows[1]["kept_percent"] == pytest.approx(95)
+    assert rows[1]["ms_per_token"] == pytest.approx(1000 / 180)
+    assert rows[1]["untrained BLEU"] == 4.0
+    FRONTIER.to_csv(tmp_path / "frontier.csv")
+    with (tmp_path / "frontier.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [{name: str(value) for name, value in row.items()} for row in rows] == read
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [{"max_bytes": 3000}, {"max_parameters": 900}, {"min_speedup": 1.5}, {"max_ms_per_token": 6}, {"ratio": 1.7}, {"min_kept": 92}],
+)
+def test_a_picture_shows_the_budget(budget, tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(Axes, "axvline", lambda self, x, **style: lines.append((x, style["label"])))
+    monkeypatch.setattr(Axes, "axhline", lambda self, y, **style: lines.append((y, style["label"])))
+    FRONTIER.plot(tmp_path / "frontier.png", **budget)
+    ((name, bound),) = budget.items()
+    unit = {"max_bytes": 1e6, "max_parameters": 1e6}.get(name, 1)
+    assert lines == [(bound / unit, f"{name}={bound:,}")]
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------------------
+
+
+PAIRS = Pairs(["ein Hund", "a", "ein Mann am Haus"], ["Hund", "b", "Mann"])
+
+
+def scores(texts, references):
+    """So many letters: enough to tell plans apart."""
+    return {"letters": float(sum(map(len, texts))), "references": float(len(references))}
+
+
+@pytest.fixture
+def bank(tokenizer):
+    return make_bank(vocab_size=len(tokenizer))
+
+
+def measured(bank, tokenizer, **arguments):
+    told = {"metric": "letters", "compute_scores": scores, "max_new_tokens": 7, "speed_new_tokens": 2, "description": None}
+    return measure_frontier(bank, PAIRS, tokenizer, **{**told, **arguments})
+
+
+def test_every_plan_is_scored_in_place_as_it_would_be_assembled(bank, tokenizer):
+    bank.set_plan("6x1/6x1")
+    frontier = measured(bank, tokenizer, plans=["2x3/3x2", "1x6/6x1", "2x3/3x2"], num_beams=2)
+    assert [p.plan for p in frontier.points] == ["1x6/1x6", "2x3/3x2", "1x6/6x1"]
+    assert frontier.points[0].name == "teacher"
+    for each in frontier.points:
+        model = bank.assemble(each.plan)
+        texts = generate_texts(model, tokenizer, PAIRS.sources, max_new_tokens=7, num_beams=2)
+        assert each.scores == scores(texts, PAIRS.targets)
+        assert each.parameters == model.num_parameters()
+        assert each.tokens_per_second > 0
+    assert str(bank.plan) == "6x1/6x1"
+    assert frontier.provenance["decoding"] == "num_beams=2"
+    assert frontier.provenance["test_examples"] == 3
+    assert "untrained" not in frontier.table()
+
+
+def test_without_plans_it_is_the_standard_sizes_and_the_calibrated_ones(bank, tokenizer):
+    standard = standard_sizes(bank.shape)
+    assert {p.name: p.plan for p in measured(bank, tokenizer).points} == {name: str(plan) for name, plan in standard.items()}
+    modules = {side: {"2": [5, 1, 5], "3": [4, 9], "6": [50]} for side in ("encoder", "decoder")}
+    bank.config.calibration = {"modules": modules, "plans": {}}
+    assert any(name.startswith("calibrated") for name in standard_sizes(bank.shape))
+
+
+def test_a_measurement_that_was_killed_goes_on_where_it_was(bank, tokenizer, tmp_path, monkeypatch):
+    file, calls = tmp_path / "frontier.json", []
+
+    def dying(texts, references):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(texts)
+        return scores(texts, references)
+
+    dying.__qualname__ = scores.__qualname__
+    plans = ["2x3/3x2", "1x6/6x1", "6x1/6x1"]
+    with pytest.raises(KeyboardInterrupt):
+        measured(bank, tokenizer, plans=plans, file=file, compute_scores=dying)
+    assert not file.exists()
+    counted = []
+    monkeypatch.setattr("modular_t5.frontier.generate_texts", lambda *args, **kw: counted.append(1) or generate_texts(*args, **kw))
+    whole = measured(bank, tokenizer, plans=plans, file=file)
+    assert len(counted) == 2
+    assert [p.scores for p in whole.points] == [p.scores for p in measured(bank, tokenizer, plans=plans).points]
+    assert Frontier.load(file) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["frontier.json"]
+
+
+def test_what_was_begun_on_another_bank_is_not_taken_up(bank, tokenizer, tmp_path):
+    file = tmp_path / "frontier.json"
+    (tmp_path / "frontier.json.begun").write_text(json.dumps({"key": "another", "scores": {"1x6/1x6": {"letters": -1.0}}}))
+    assert measured(bank, tokenizer, plans=["6x1/6x1"], file=file).teacher.scores["letters"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"metric": "BLEU"}, "there is no metric 'BLEU'; the scores are letters, references"), ({"plans": ["4x1/6x1"]}, "granularity 4")],
+)
+def test_what_cannot_be_measured_is_refused(changes, message, bank, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        measured(bank, tokenizer, **changes)
+    with pytest.raises(ValueError, match="needs pairs of texts"):
+        measure_frontier(bank, Pairs([], []), tokenizer)
 
 
 def test_curves(tmp_path):
