@@ -10,27 +10,42 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import torch
 import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoTokenizer, T5ForConditionalGeneration
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5ForConditionalGeneration
 from transformers.utils import CONFIG_NAME
 
 from .assembly_modular_t5 import SIDES, canonical_tilings
-from .choosing_modular_t5 import STRATEGIES, PlanReport, resolve_plan
+from .calibration import calibrate
+from .choosing_modular_t5 import LIMITS, STRATEGIES, PlanReport, resolve_plan
 from .comparison import Comparison, ComparisonArguments
 from .comparison_results import tables
 from .configuration_modular_t5 import ModularT5Config
-from .frontier import standard_sizes
+from .frontier import PICTURE_FILE, RESULTS_FILE, markdown_table, measure_frontier, standard_sizes
+from .latency import measure_latency
 from .layout_modular_t5 import parameter_map
-from .loading_modular_t5 import SavedBank
+from .loading_modular_t5 import SavedBank, torch_dtype
+from .measuring import write_json
 from .model_card import assembled_card, bank_card, counts_table, measured_in
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
+from .pairs import Pairs
 from .rebuilding import rebuild
 from .storage_modular_t5 import upload
 
 
 _COMPARISON_FIELDS = {field.name: field for field in dataclasses.fields(ComparisonArguments)}
+
+# The budgets of `Frontier.limits`, as numbers of which kind.
+FRONTIER_BUDGETS = {
+    "ratio": float,
+    "max_parameters": int,
+    "max_bytes": int,
+    "min_speedup": float,
+    "max_ms_per_token": float,
+    "min_kept": float,
+}
 
 # What may be part of a model's repository; whatever else lies in a folder stays there.
 _PUBLISHED = {".safetensors", ".json", ".md", ".py", ".png", ".model", ".jinja"}
@@ -68,6 +83,7 @@ def info(args: argparse.Namespace) -> Outcome:
         "granularities": {side: list(shape.granularities[side]) for side in SIDES},
         "depths": {side: list(canonical_tilings(shape.num_layers[side], shape.granularities[side])) for side in SIDES},
         "largest_ratio": shape.largest_ratio,
+        "calibrated": shape.scores is not None,
         "teacher_parameters": teacher.total_parameters,
         "smallest_parameters": smallest.total_parameters,
         "files": sorted(set(saved.stored.shard_names.values())),
@@ -78,6 +94,7 @@ def info(args: argparse.Namespace) -> Outcome:
         *((side, f"{shape.num_layers[side]} layers, modules for {', '.join(map(str, shape.granularities[side]))}") for side in SIDES),
         ("sizes", f"{teacher.total_parameters:,} to {smallest.total_parameters:,} parameters, 1x to {shape.largest_ratio:.2f}x"),
         ("of its own", ", ".join(config.own_parts) or "nothing beside modules"),
+        ("calibrated", "no" if shape.scores is None else f"yes, {len(shape.scores.plans)} plans measured"),
         *(("file", file) for file in result["files"]),
     ]
     return result, "\n".join(f"{name:<12}{value}" for name, value in rows), 0
@@ -86,14 +103,18 @@ def info(args: argparse.Namespace) -> Outcome:
 def plan(args: argparse.Namespace) -> Outcome:
     """What sizes cost, and which files they need; without a strategy, of a spread of sizes."""
     saved = SavedBank(args.bank, **_hub_arguments(args))
+    budget = _budget(args)
     if args.strategy is None:
+        if args.ratio is not None or budget:
+            raise ValueError("a budget goes with a strategy, which says what to prefer within it")
         reports = {name: saved.shape.report(each) for name, each in standard_sizes(saved.shape).items()}
         return {"sizes": [{"name": name, **_counts(report)} for name, report in reports.items()]}, counts_table(reports), 0
-    report = resolve_plan(saved.shape, args.strategy, args.ratio)
+    report = resolve_plan(saved.shape_in(torch_dtype(args.dtype)), args.strategy, args.ratio, **budget)
     names = {name for name in parameter_map(saved.one_layer, report.plan, saved.config).values() if name in saved.stored}
     files = sorted({saved.stored.shard_names[name] for name in names})
-    table = counts_table({args.strategy if args.ratio is None else f"{args.strategy} {args.ratio:g}x": report})
-    return {**_counts(report), "files": files}, f"{table}\n\nfiles: {', '.join(files)}", 0
+    asked = [f"{args.ratio:g}x"] if args.ratio is not None else [f"{name}={bound:g}" for name, bound in budget.items() if name in LIMITS]
+    table = counts_table({" ".join([args.strategy, *asked]): report})
+    return {**_counts(report), "files": files}, f"{table}\n{_foreseen_speed(report, budget)}\nfiles: {', '.join(files)}", 0
 
 
 def assemble(args: argparse.Namespace) -> Outcome:
@@ -103,8 +124,9 @@ def assemble(args: argparse.Namespace) -> Outcome:
         raise ValueError("--output is the folder to write, not an empty name")
     if (output / CONFIG_NAME).exists() and _is_bank(output):
         raise ValueError(f"{output} holds a bank, which would be overwritten; choose another folder")
+    budget = _budget(args)
     model = ModularT5ForConditionalGeneration.assemble_from_pretrained(
-        args.bank, args.strategy, args.ratio, dtype=args.dtype, teacher=args.teacher, **arguments
+        args.bank, args.strategy, args.ratio, dtype=args.dtype, teacher=args.teacher, **budget, **arguments
     )
     model.save_pretrained(output)
     try:
@@ -170,6 +192,81 @@ def compare(args: argparse.Namespace) -> Outcome:
     return results, tables(results), 0
 
 
+def calibrate_command(args: argparse.Namespace) -> Outcome:
+    """Score a bank's modules on examples, for the strategy calibrated; the scores are written into the bank's folder."""
+    config = Path(args.bank, CONFIG_NAME)
+    if not config.is_file():
+        raise ValueError(f"{args.bank} is no folder with a bank: scores are saved in it, so download a bank of the Hub first")
+    bank, tokenizer, pairs = _bank_and_pairs(args)
+    rows = pairs.tokenized(tokenizer, args.max_source_length, args.max_target_length)
+    scores = calibrate(bank, rows, tokenizer, batch_size=args.batch_size, verify=not args.no_verify)
+    write_json(config, {**json.loads(config.read_text(encoding="utf-8")), "calibration": bank.config.calibration})
+    table = markdown_table(
+        ["side", "granularity", "divergence of each module alone, nats a token"],
+        [
+            [side, str(s), " ".join(f"{score:.4f}" for score in of_modules)]
+            for side in SIDES
+            for s, of_modules in scores.modules[side].items()
+        ],
+        left=3,
+    )
+    return bank.config.calibration, f"{table}\n\n{len(scores.plans)} plans measured on {len(rows)} examples; saved in {config}", 0
+
+
+def frontier(args: argparse.Namespace) -> Outcome:
+    """Measure quality and speed of sizes; table, figures and picture go to a folder, and what was measured is not measured again."""
+    bank, tokenizer, pairs = _bank_and_pairs(args)
+    output = Path(args.output or args.bank)
+    if args.output is None and not output.is_dir():
+        raise ValueError(f"--output is missing: the folder for the results of {args.bank}")
+    budget = {name: value for name in FRONTIER_BUDGETS if (value := getattr(args, name, None)) is not None}
+    measured = measure_frontier(
+        bank,
+        pairs,
+        tokenizer,
+        args.plans,
+        metric=args.metric,
+        num_beams=args.num_beams,
+        max_new_tokens=args.max_target_length,
+        max_source_length=args.max_source_length,
+        batch_size=args.batch_size,
+        file=output / RESULTS_FILE,
+    )
+    measured.to_csv(output / "frontier.csv")
+    measured.plot(output / PICTURE_FILE, **budget)
+    best = measured.best(**budget) if budget else None
+    found = f"\n\nwithin the budget: {best.plan} ({best.name}), {measured.kept(best):.1f} % of the teacher" if best else ""
+    result = {"metric": measured.metric, "sizes": measured.to_dicts(), "best": best and best.plan, "output": str(output)}
+    return result, f"{measured.table()}{found}\n\nin {output}: {RESULTS_FILE}, frontier.csv, {PICTURE_FILE}", 0
+
+
+def _bank_and_pairs(args: argparse.Namespace) -> tuple[ModularT5ForConditionalGeneration, PreTrainedTokenizerBase, Pairs]:
+    """To measure with, on a GPU if there is one."""
+    pairs = Pairs.read(args.file, args.source_lang, args.target_lang, prefix=args.source_prefix).head(args.max_examples)
+    return _loaded(args), AutoTokenizer.from_pretrained(args.bank, trust_remote_code=False, **_hub_arguments(args)), pairs
+
+
+def _loaded(args: argparse.Namespace, dtype: str | None = None) -> ModularT5ForConditionalGeneration:
+    loading = {**_hub_arguments(args), **({"dtype": dtype} if dtype else {})}
+    bank = ModularT5ForConditionalGeneration.from_pretrained(args.bank, teacher=args.teacher, **loading)
+    return bank.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _budget(args: argparse.Namespace) -> dict[str, Any]:
+    """The budget that was given; for those of speed, with the latency of this machine."""
+    budget = {name: getattr(args, name) for name in LIMITS if name != "ratio" and getattr(args, name) is not None}
+    if budget.keys() & {"min_speedup", "max_latency_ms"}:
+        request = {name: getattr(args, name) for name in ("batch_size", "source_length", "target_length", "num_beams")}
+        budget["latency"] = measure_latency(_loaded(args, dtype=args.dtype), **request, file=args.latency_file, description="Timing")
+    return budget
+
+
+def _foreseen_speed(report: PlanReport, budget: Mapping[str, Any]) -> str:
+    if report.latency_ms is None:
+        return ""
+    return f"{report.latency_ms:.4g} ms foreseen on {budget['latency'].hardware}, {report.speedup:.2f}x\n"
+
+
 def _is_bank(folder: Path) -> bool:
     return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type") == ModularT5Config.model_type
 
@@ -214,6 +311,34 @@ def _parser() -> argparse.ArgumentParser:
         choices = f"{', '.join(STRATEGIES)}, or a plan such as 1x12/4x3"
         parser.add_argument("strategy", nargs="?" if optional else None, help=choices)
         parser.add_argument("ratio", nargs="?", type=float, help="with a strategy: the teacher's layer parameters / the size's")
+        budgets = parser.add_argument_group("budgets, in place of a ratio")
+        budgets.add_argument("--max-parameters", type=int, help="of all, embeddings included")
+        budgets.add_argument("--max-bytes", type=int, help="of those parameters, in --dtype")
+        budgets.add_argument("--min-speedup", type=float, help="over the teacher, measured on this machine")
+        budgets.add_argument("--max-latency-ms", type=float, help="of the request below, measured on this machine")
+        request = parser.add_argument_group("what is timed for --min-speedup and --max-latency-ms")
+        for name, default, told in (
+            ("batch-size", 1, "sources at a time"),
+            ("source-length", 32, "in tokens"),
+            ("target-length", 32, "in tokens"),
+            ("num-beams", 1, "1 is greedy search"),
+        ):
+            request.add_argument(f"--{name}", type=int, default=default, help=f"{told}; {default} by default")
+        request.add_argument("--latency-file", help="JSON that keeps what was measured, for the next time")
+        parser.add_argument("--dtype", help="such as bfloat16; by default the bank's")
+        parser.add_argument("--teacher", help="folder or Hub id of the teacher of modules saved alone, if not where they say")
+
+    def add_pairs(parser: argparse.ArgumentParser, max_examples: int | None) -> None:
+        parser.add_argument("file", help="pairs of texts, JSON lines in the Hub's translation format")
+        parser.add_argument("--source-lang", required=True, help="key of the source in `translation`")
+        parser.add_argument("--target-lang", required=True, help="key of the target in `translation`")
+        parser.add_argument("--source-prefix", default="", help="put before every source, for T5s that were trained so")
+        of_all = "all" if max_examples is None else max_examples
+        parser.add_argument("--max-examples", type=int, default=max_examples, help=f"the first so many; {of_all} by default")
+        parser.add_argument("--max-source-length", type=int, default=128, help="in tokens; 128 by default")
+        parser.add_argument("--max-target-length", type=int, default=128, help="in tokens; 128 by default")
+        parser.add_argument("--batch-size", type=int, default=32, help="examples at a time; 32 by default")
+        parser.add_argument("--teacher", help="as of assemble")
 
     bank = {"help": "folder or Hub id of a bank"}
     command("info", info, "org/modular-t5-base").add_argument("bank", **bank)
@@ -224,8 +349,20 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("bank", **bank)
     add_size(added, optional=False)
     added.add_argument("--output", "-o", required=True, help="folder to write")
-    added.add_argument("--dtype", help="such as bfloat16; by default the bank's")
-    added.add_argument("--teacher", help="folder or Hub id of the teacher of modules saved alone, if not where they say")
+    added = command("calibrate", calibrate_command, "bank validation.jsonl --source-lang en --target-lang de")
+    added.add_argument("bank", help="folder of a bank")
+    add_pairs(added, max_examples=400)
+    added.add_argument("--no-verify", action="store_true", help="score single modules alone, and measure no plan")
+    added = command("frontier", frontier, "bank test.jsonl --source-lang en --target-lang de --min-kept 97")
+    added.add_argument("bank", **bank)
+    add_pairs(added, max_examples=None)
+    added.add_argument("--plans", nargs="+", help="such as 1x12/4x3; by default a spread of sizes")
+    added.add_argument("--metric", default="BLEU", help="that quality is read by: BLEU, chrF or 'exact match'")
+    added.add_argument("--num-beams", type=int, default=1, help="1 is greedy search")
+    added.add_argument("--output", "-o", help="folder for frontier.json, frontier.csv and frontier.png; by default the bank's")
+    budgets = added.add_argument_group("a budget, to draw and to name the best size within it")
+    for name, kind in FRONTIER_BUDGETS.items():
+        budgets.add_argument(f"--{name.replace('_', '-')}", type=kind)
     added = command("rebuild", rebuild_command, "fast")
     added.add_argument("model", help="folder or Hub id of an assembled model")
     added.add_argument("--bank", help="folder or Hub id of the bank, if not where the model says; --revision is the bank's")

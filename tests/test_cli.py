@@ -59,6 +59,55 @@ def test_plan(run, bank):
     assert len(json.loads(run("plan", bank, "--json")[1])["sizes"]) > 5
 
 
+def test_sizes_by_budget(run, bank, tmp_path):
+    loaded = ModularT5ForConditionalGeneration.from_pretrained(bank)
+    limit = loaded.report("2x3/2x3", dtype="bfloat16").bytes
+    status, out, _ = run("plan", bank, "size-first", "--max-bytes", limit, "--dtype", "bfloat16")
+    assert status == 0
+    assert f"| size-first max_bytes={limit:g} | 2x3/2x3 " in out
+    kept = tmp_path / "latency.json"
+    request = ("--batch-size", 2, "--source-length", 4, "--target-length", 3, "--num-beams", 2, "--latency-file", kept)
+    status, out, _ = run("assemble", bank, "speed-first", "--max-latency-ms", 1e6, *request, "-o", tmp_path / "fast", "--json")
+    told = json.loads(out)
+    assert told["plan"] == "1x6/1x6"
+    assert told["asked"] == {"strategy": "speed-first", "max_latency_ms": 1e6}
+    assert told["request"].items() >= {"batch_size": 2, "source_length": 4, "target_length": 3, "num_beams": 2}.items()
+    assert T5ForConditionalGeneration.from_pretrained(tmp_path / "fast").config.modular_t5["achieved"] == told["achieved"]
+    before = kept.read_text()
+    status, out, _ = run("plan", bank, "speed-first", "--min-speedup", 1, *request)
+    assert kept.read_text() == before
+    assert re.search(r"ms foreseen on .* threads, 1.00x", out)
+
+
+def test_calibrate(run, bank, pico_translation):
+    assert json.loads(run("info", bank, "--json")[1])["calibrated"] is False
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in bank.glob("*.safetensors"))
+    pairs = (pico_translation / "train.jsonl", "--source-lang", "en", "--target-lang", "de")
+    status, out, _ = run("calibrate", bank, *pairs, "--max-examples", 5)
+    assert status == 0
+    assert re.search(r"\d+ plans measured on 5 examples; saved in .*config.json", out)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in bank.glob("*.safetensors")) == before
+    assert json.loads(run("info", bank, "--json")[1])["calibrated"] is True
+    loaded = ModularT5ForConditionalGeneration.from_pretrained(bank)
+    assert json.loads(run("plan", bank, "calibrated", 2, "--json")[1])["plan"] == str(loaded.choose_plan("calibrated", 2))
+    told = json.loads(run("calibrate", bank, *pairs, "--no-verify", "--json")[1])
+    assert len(told["plans"]) == 12
+
+
+def test_frontier(run, bank, pico_translation, tmp_path):
+    pairs = (pico_translation / "test.jsonl", "--source-lang", "en", "--target-lang", "de", "--max-target-length", 6)
+    plans = ("--plans", "2x3/3x2", "6x1/6x1", "--metric", "chrF")
+    status, out, _ = run("frontier", bank, *pairs, *plans, "--max-bytes", 10**9)
+    assert status == 0
+    assert "| 2x3/3x2 " in out
+    assert re.search(r"within the budget: \S+ \(\S+\), \S+ % of the teacher", out)
+    assert {"frontier.json", "frontier.csv", "frontier.png"} <= {path.name for path in bank.iterdir()}
+    told = json.loads(run("frontier", bank, *pairs, *plans, "-o", tmp_path / "elsewhere", "--json")[1])
+    assert [size["plan"] for size in told["sizes"]] == ["1x6/1x6", "2x3/3x2", "6x1/6x1"]
+    assert told["best"] is None
+    assert (tmp_path / "elsewhere" / "frontier.csv").read_text().count("\n") == 4
+
+
 def test_assemble_and_rebuild(run, bank, tmp_path):
     output = tmp_path / "fast"
     status, out, _ = run("assemble", bank, "size-first", 2, "--output", output)
@@ -137,6 +186,11 @@ def test_a_card_that_is_there_is_pushed_as_it_is(run, hub, bank):
         (("plan", "BANK", "size-first", "99"), "ratio must be a number from 1"),
         (("plan", "BANK", "smallest", "2"), "unknown strategy 'smallest'; choose one of 'size-first'"),
         (("plan", "BANK", "size-first"), "exactly one of ratio, max_parameters"),
+        (("plan", "BANK", "--max-bytes", "9"), "a budget goes with a strategy"),
+        (("plan", "BANK", "size-first", "--max-bytes", "9"), "max_bytes=9: none of 11 sizes is within it; the nearest is 6x1/6x1 with"),
+        (("plan", "BANK", "calibrated", "2"), "'calibrated' needs scores"),
+        (("calibrate", "org/x", "F", "--source-lang", "a", "--target-lang", "b"), "org/x is no folder with a bank"),
+        (("frontier", "org/nowhere", "BANK/config.json", "--source-lang", "a", "--target-lang", "b"), "."),
         (("assemble", "BANK", "2x3/2x3", "3", "-o", "OUT"), "ratio=3.0 goes with a strategy"),
         (("assemble", "BANK", "2x3/2x3", "-o", "OUT", "--dtype", "int99"), "dtype must be a floating-point type"),
         (("assemble", "BANK", "2x3/2x3", "-o", "BANK"), "holds a bank, which would be overwritten"),
