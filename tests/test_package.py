@@ -42,6 +42,7 @@ ROOMS = [
     "model_card",
     "trainer",
     "rebuilding",
+    "exports",
     "comparison_methods",
     "comparison_results",
     "comparison",
