@@ -1,5 +1,6 @@
 """Assembled models, or any other T5, for other engines: CTranslate2 and ONNX."""
 
+import copy
 import os
 import warnings
 from pathlib import Path
@@ -49,7 +50,7 @@ def to_ctranslate2(
     class T5Converter(Converter):
         def _load(self) -> Any:
             with torch.no_grad():
-                spec = T5Loader()(model, tokenizer)
+                spec = T5Loader()(copy.deepcopy(model), tokenizer)  # quantizing writes into the tensors that it is given
             scaled = getattr(model.config, "scale_decoder_outputs", False)
             spec.decoder.scale_outputs = model.config.d_model**-0.5 if scaled else OPTIONAL
             return spec

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TEACHERS, make_bank, make_teacher
+from conftest import TEACHERS, make_bank, make_teacher, same
 from transformers import AutoTokenizer
 
 from modular_t5.exports import to_ctranslate2, to_onnx
@@ -66,6 +66,7 @@ def test_ctranslate2_in_int8_is_smaller(tokenizer, tmp_path):
         for quantization in (None, "int8")
     }
     assert bytes_of["int8"] < 0.4 * bytes_of[None]
+    assert same(model, make_teacher(vocab_size=len(tokenizer), d_model=64, d_ff=256))
     with pytest.raises(RuntimeError, match="already exists"):
         to_ctranslate2(model, tokenizer, tmp_path / "int8")
     to_ctranslate2(model, tokenizer, tmp_path / "int8", force=True)
@@ -79,6 +80,7 @@ def test_onnx(name, tokenizer, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
     for number, model in enumerate(sizes(name, tokenizer)):
         folder = to_onnx(model, tmp_path / str(number))
+        assert same(model, sizes(name, tokenizer)[number])
         encoder, decoder = (runtime.InferenceSession(folder / f"{part}_model.onnx") for part in ("encoder", "decoder"))
         batch = tokenizer(TEXTS, return_tensors="np", padding=True)
         source = {"input_ids": batch["input_ids"].astype("int64"), "attention_mask": batch["attention_mask"].astype("int64")}
