@@ -80,6 +80,26 @@ def calibrate(
     return scores
 
 
+def divergences(
+    bank: ModularT5ForConditionalGeneration,
+    dataset: Sequence[Mapping[str, Any]],
+    processing_class: PreTrainedTokenizerBase,
+    plans: Collection[AssemblyPlan],
+    *,
+    batch_size: int = 32,
+    description: str | None = "Measuring",
+) -> dict[AssemblyPlan, float]:
+    """How far from the teacher plans are on examples, as `calibrate` measures it; its arguments.
+
+    Raises:
+        ValueError: as of `calibrate`, or a plan that the bank cannot run.
+    """
+    for plan in plans:
+        bank.shape.check(plan)
+    found = _measured(bank, _batches(bank, dataset, processing_class, batch_size), plans, description)
+    return {plan: score.whole for plan, score in found.items()}
+
+
 def _alone(shape: BankShape, side: str, span: int, start: int) -> AssemblyPlan:
     """The teacher with one module in place."""
     spans = (1,) * start + (span,) + (1,) * (shape.num_layers[side] - start - span)

@@ -224,10 +224,10 @@ class Frontier:
         """Quality kept against layer ratio, a line a strategy, beside the same plans before training where they were measured.
 
         Args:
-            budget: one of `limits`: a line is drawn at it, and quality is against what it bounds.
+            budget: one of `limits`: a line is drawn at it, quality is against what it bounds, and the best size within it is ringed.
 
         Raises:
-            ValueError: several budgets, or one that is none.
+            ValueError: several budgets, or one that is none or that no size is within.
             ImportError: matplotlib is not installed.
         """
         name, bound = the_one_budget(budget, self.limits) if budget else ("ratio", None)
@@ -259,6 +259,9 @@ class Frontier:
         if bound is not None:
             style = {"color": "C3", "linestyle": "--", "label": f"{name}={bound:,}"}
             axes.axhline(bound, **style) if name == "min_kept" else axes.axvline(bound / unit, **style)
+            best = self.best(**budget)
+            ring = {"markersize": 18, "color": "C3", "fillstyle": "none", "label": f"the best within it: {best.plan}"}
+            axes.plot(across([best]), [self.kept(best)], "o", **ring)
         if limit.at_least:
             axes.set_xscale("log")
             ticks = [ratio for ratio in (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12) if ratio <= 1.1 * max(across(self.points))]

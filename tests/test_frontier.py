@@ -138,7 +138,7 @@ def test_figures_as_rows(tmp_path):
 
 @pytest.mark.parametrize(
     "budget",
-    [{"max_bytes": 3000}, {"max_parameters": 900}, {"min_speedup": 1.5}, {"max_ms_per_token": 6}, {"ratio": 1.7}, {"min_kept": 92}],
+    [{"max_bytes": 5000}, {"max_parameters": 2000}, {"min_speedup": 1.5}, {"max_ms_per_token": 6}, {"ratio": 1.7}, {"min_kept": 92}],
 )
 def test_a_picture_shows_the_budget(budget, tmp_path, monkeypatch):
     lines = []
