@@ -129,13 +129,18 @@ def hugging_face(model: T5ForConditionalGeneration, sources: Ids, *, args: argpa
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sources])
     forced = {"min_new_tokens": args.length} if args.shape else {}
     made = model.generate(input_ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=args.length, **forced)
-    return [[i for i in ids[1:] if i > 1] for ids in made.tolist()] if not args.shape else made[:, 1:].tolist()
+    return [words_of(ids[1:], args) for ids in made.tolist()]
 
 
 def ctranslate(translator: Any, tokens: Callable, ids: Callable, sources: Ids, *, args: argparse.Namespace) -> Ids:
     forced = {"min_decoding_length": args.length} if args.shape else {}
     results = translator.translate_batch([tokens(each) for each in sources], beam_size=1, max_decoding_length=args.length, **forced)
-    return [ids(result.hypotheses[0]) for result in results]
+    return [words_of(ids(result.hypotheses[0]), args) for result in results]
+
+
+def words_of(ids: list[int], args: argparse.Namespace) -> list[int]:
+    """Without padding and end; of random weights, all."""
+    return ids if args.shape else [i for i in ids if i > 1]
 
 
 def numbers_for_tokens() -> Any:

@@ -10,6 +10,7 @@ from .frontier import Frontier, measure_frontier
 from .latency import measure_latency
 from .model_card import assembled_card, bank_card
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
+from .pairs import Pairs
 from .trainer import ModularTrainer
 from .training_args import ModularTrainingArguments
 
@@ -32,6 +33,7 @@ __all__ = [
     "ModularT5ForConditionalGeneration",
     "ModularTrainer",
     "ModularTrainingArguments",
+    "Pairs",
     "PlanReport",
     "assembled_card",
     "bank_card",

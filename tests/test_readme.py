@@ -28,7 +28,7 @@ def blocks(language):
 
 
 def test_the_ten_lines_run(hub, tmp_path, monkeypatch, pico_tokenizer):
-    ten_lines, sharing, dials = blocks("python")
+    ten_lines, budgets, exports, sharing, dials = blocks("python")
     tokenizer = AutoTokenizer.from_pretrained(pico_tokenizer)
     folder = tmp_path / "google-t5" / "t5-base"
     teacher = make_teacher(vocab_size=len(tokenizer), num_layers=12, num_decoder_layers=12)
@@ -39,12 +39,16 @@ def test_the_ten_lines_run(hub, tmp_path, monkeypatch, pico_tokenizer):
     monkeypatch.chdir(tmp_path)
     texts = ["one tree", "two trees and a book", "three"]
     train_dataset = Dataset.from_dict({"input_ids": tokenizer(texts).input_ids, "labels": tokenizer(texts[::-1]).input_ids})
-    names = {"train_dataset": train_dataset, "teacher": teacher}
+    names = {"train_dataset": train_dataset, "validation_dataset": train_dataset, "teacher": teacher, "sources": texts, "targets": texts}
+    names["scores"] = lambda texts, references: {"BLEU": float(1 + sum(map(len, texts)))}  # random weights score nothing
     quick = "max_steps=2, report_to='none', disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False"
-    for code in (ten_lines, sharing, dials):
-        assert "max_steps=10_000" in code or code is sharing
+    budgets = budgets.replace("tokenizer, file=", "tokenizer, compute_scores=scores, max_new_tokens=4, file=")
+    for code in (ten_lines, budgets, exports, sharing, dials):
+        assert "max_steps=10_000" in code or code in (budgets, exports, sharing)
         exec(compile(code.replace("max_steps=10_000", quick), "README.md", "exec"), names)
-    assert type(names["fast"]) is type(names["small"]) is type(names["light"]) is T5ForConditionalGeneration
+    assert names["quick"].config.modular_t5["achieved"]["latency_ms"] <= 400
+    assert {"frontier.json", "frontier.png", "latency.json"} <= {path.name for path in tmp_path.iterdir()}
+    assert type(names["fast"]) is type(names["small"]) is type(names["best"]) is type(names["light"]) is T5ForConditionalGeneration
     assert ModelCard.load("org/my-fast-t5").data.base_model == "org/my-bank"
     modules, adapters = (sum(path.stat().st_size for path in (tmp_path / f).glob("*.safetensors")) for f in ("modules", "lora-bank"))
     whole = sum(len(content) for path, content in hub.files("org/my-bank").items() if path.endswith(".safetensors"))
@@ -65,6 +69,20 @@ def test_the_commands_run(tmp_path, monkeypatch, pico_tokenizer, capsys):
         assert cli.main(shlex.split(line, comments=True)[1:]) == 0, capsys.readouterr().err
 
 
+def test_the_commands_by_budget_run(pico_translation, pico_tokenizer, monkeypatch, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(pico_tokenizer)
+    make_bank(num_layers=12, num_decoder_layers=12, vocab_size=len(tokenizer)).save_pretrained(pico_translation / "bank")
+    tokenizer.save_pretrained(pico_translation / "bank")
+    (pico_translation / "test.jsonl").rename(pico_translation / "validation.jsonl")
+    (pico_translation / "train.jsonl").rename(pico_translation / "test.jsonl")
+    monkeypatch.chdir(pico_translation)
+    lines = next(block for block in blocks("bash") if block.startswith("modular-t5 calibrate")).splitlines()
+    assert [line.split()[1] for line in lines] == ["calibrate", "plan", "assemble", "frontier"]
+    for line in lines:
+        short = ["--max-target-length", "4"] if line.split()[1] in ("calibrate", "frontier") else []
+        assert cli.main([*shlex.split(line)[1:], *short]) == 0, capsys.readouterr().err
+
+
 def test_the_command_that_compares_has_the_options_that_it_is_given(capsys):
     (command,) = (block for block in blocks("bash") if block.startswith("modular-t5 compare"))
     assert cli.main(shlex.split(command.replace("\\\n", ""))[1:]) == 2
@@ -75,7 +93,7 @@ def test_the_calls_of_the_table_of_sizes_work():
     bank = modular_t5.ModularT5ForConditionalGeneration.from_t5(make_teacher(num_layers=12, num_decoder_layers=12))
     cells = re.findall(r"^\| (`(?:bank\.|with bank).*?) \|", README, re.MULTILINE)
     calls = [call for cell in cells for call in re.findall(r"`(.*?)`", cell)]
-    assert len(calls) == 8
+    assert len(calls) == 9
     for call in calls:
         code = call.replace("...", "'size-first', 2")
         exec(code + " pass" if code.startswith("with") else code, {"bank": bank, "plan": "2x6/2x6"})
