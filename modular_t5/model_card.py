@@ -110,6 +110,7 @@ def bank_card(
         teacher=teacher,
         sizes=points,
         ratio=f"{min(2, shape.largest_ratio):g}",
+        calibrated=shape.scores is not None,
         table=table,
         files=shard_table(config, modules_only),
         modules_only=modules_only,
@@ -213,7 +214,8 @@ def _legend(frontier: Frontier) -> str:
         ", ".join(f"{name} ({signature})" for name, signature in told.get("metrics", {}).items()),
     ]
     kept = f'"kept" is {frontier.metric} in per cent of the teacher\'s'
-    return "; ".join(part for part in [*parts, kept] if part) + "."
+    pareto = '"Pareto": no other of these sizes has as much quality for fewer bytes (size), or in less time (speed)'
+    return "; ".join(part for part in [*parts, kept, pareto] if part) + "."
 
 
 def _rendered(

@@ -217,3 +217,11 @@ def test_the_cards_in_the_repository_are_valid(path):
     for code in code_of(card):
         compile(code, path.name, "exec")
     assert "## Not measured" in card.text
+
+
+def test_the_card_of_a_calibrated_bank_says_so():
+    bank = make_bank()
+    assert "calibrated" not in str(bank_card(bank, "org/x"))
+    modules = {side: {"2": [1, 1, 1], "3": [1, 1], "6": [1]} for side in ("encoder", "decoder")}
+    bank.config.calibration = {"modules": modules, "plans": {}}
+    assert 'model = load(repo, "calibrated", ratio=2)' in str(bank_card(bank, "org/x"))
