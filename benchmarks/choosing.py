@@ -9,6 +9,7 @@ which are timed afterwards, in turns.
 """
 
 import argparse
+import random
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from modular_t5 import ModularT5ForConditionalGeneration, calibrate, measure_latency
+from modular_t5 import AssemblyPlan, ModularT5ForConditionalGeneration, calibrate, measure_latency
+from modular_t5.assembly_modular_t5 import SIDES, tilings
 from modular_t5.calibration import divergences
 from modular_t5.choosing_modular_t5 import STRATEGIES
 from modular_t5.frontier import markdown_table
+from modular_t5.latency import timed_plans
 from modular_t5.measuring import environment, generate_texts, median_seconds, write_json
 from modular_t5.pairs import Pairs, scores_of, signatures
 
@@ -73,7 +76,11 @@ def latencies(bank: ModularT5ForConditionalGeneration, request: dict[str, int], 
     latency = measure_latency(bank, **request, rounds=rounds, description="Timing")
     told = latency.request
     shape = bank.shape
-    plans = list(dict.fromkeys([*shape.plans("size-first"), *shape.plans("speed-first")]))
+    timed = set(timed_plans(bank))
+    plans = [plan for plan in dict.fromkeys([*shape.plans("size-first"), *shape.plans("speed-first")]) if plan not in timed]
+    # And as many others, of any tilings.
+    sides = [list(tilings(shape.num_layers[side], shape.granularities[side])) for side in SIDES]
+    plans += [AssemblyPlan(*map(random.Random(number).choice, sides)) for number in range(len(plans))]
     ids = torch.randint(3, bank.config.vocab_size, (told["batch_size"], told["source_length"]), generator=torch.Generator().manual_seed(1))
     length = {"min_new_tokens": told["target_length"], "max_new_tokens": told["target_length"]}
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False, "num_beams": told["num_beams"], **length}

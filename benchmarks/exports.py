@@ -96,7 +96,7 @@ def rows_of(
         ids = tokenizer.convert_tokens_to_ids if tokenizer else lambda tokens: [int(token) for token in tokens]
         engines[name] = partial(ctranslate, translator, tokens, ids, args=args)
     report = bank.report(plan)
-    rows = [{"plan": plan, "depths": report.plan.depths, "engine": name, "megabytes": report.bytes / 1e6} for name in engines]
+    rows = [{"plan": plan, "depths": report.plan.depths, "engine": name, "parameters": report.total_parameters} for name in engines]
     made: dict[str, Ids] = {}
     for row, (name, engine) in zip(rows, engines.items(), strict=True):
         if pairs:

@@ -1,10 +1,11 @@
 """Scoring the modules of a bank, so that the strategy `calibrated` can choose among all of its plans.
 
 Each module is scored once, when it alone is in place: by how far its predictions are from the teacher's, with the states of one pass of the
-teacher below it. Scores add up to what a plan is foreseen to cost. Where several modules read each other that is too little, so the plans
-that would be chosen are measured, until under every budget the best one is a plan that was.
+teacher below it. Scores add up to what a plan is foreseen to cost. Where several modules read each other that may be wrong, so the plans
+that would be chosen are measured, until under every budget the one that is foreseen to be the best was; of what was measured is chosen.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,10 +17,12 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan
-from .choosing_modular_t5 import BankShape, Scores
+from .choosing_modular_t5 import BankShape, Scores, foreseen_best, preference
+from .configuration_modular_t5 import checked_calibration
 from .distillation import Taught, log_probabilities, logit_loss
 from .layout_modular_t5 import running_own_parts
 from .lessons import with_decoder_inputs
+from .measuring import evaluating
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .recording import Replay, SideRecord, recording
 
@@ -45,15 +48,15 @@ def calibrate(
         dataset: as the trainer takes it: `input_ids` and `labels`.
         processing_class: the tokenizer, for padding.
         batch_size: examples at a time.
-        verify: measure as a whole the plans that would be chosen, and those of the other strategies, which then are never preferred to
-            better ones. Takes one pass a plan: some 40 for 6+6 layers and 150 for 12+12.
+        verify: measure as a whole the plans that would be chosen, and those of the other strategies, and choose among these alone.
+            Takes a pass for each. Without it, the sums of scores choose.
         description: of the progress bars; none without it.
 
     Raises:
-        ValueError: there are no examples, or none has labels.
+        ValueError: there are no examples, or one without labels; or a plan's predictions are no numbers.
     """
     batches = _batches(bank, dataset, processing_class, batch_size)
-    shape = replace(bank.shape, scores=None)
+    shape = bank.shape
     alone = {
         (side, s, start): _alone(shape, side, s, start)
         for side in SIDES
@@ -65,18 +68,13 @@ def calibrate(
         side: {s: [found[alone[side, s, start]].added for start in range(0, shape.num_layers[side], s)] for s in shape.granularities[side]}
         for side in SIDES
     }
-    own_parts = max(score.own_parts for score in found.values())
-    scores = Scores(modules, {plan: score.whole for plan, score in found.items()}, own_parts)
-    while verify:
-        if not (missing := _worth_measuring(replace(shape, scores=scores))):
-            break
+    scores = Scores(modules, {}, max(score.own_parts for score in found.values()))
+    if verify:
+        scores = scores._replace(plans={plan: score.whole for plan, score in found.items()})
+    while verify and (missing := _worth_measuring(shape, scores)):
         measured = _measured(bank, batches, missing, description)
         scores = scores._replace(plans={**scores.plans, **{plan: score.whole for plan, score in measured.items()}})
-    bank.config.calibration = {
-        "modules": {side: {str(s): of_modules for s, of_modules in modules[side].items()} for side in SIDES},
-        "plans": {str(plan): score for plan, score in scores.plans.items()},
-        "own_parts": own_parts,
-    }
+    bank.config.calibration = checked_calibration(scores.to_dict(), shape.num_layers, shape.granularities)
     return scores
 
 
@@ -106,17 +104,17 @@ def _alone(shape: BankShape, side: str, span: int, start: int) -> AssemblyPlan:
     return replace(shape.teacher, **{side: spans})
 
 
-def _worth_measuring(shape: BankShape) -> set[AssemblyPlan]:
+def _worth_measuring(shape: BankShape, scores: Scores) -> set[AssemblyPlan]:
     """Of the other strategies' plans and of those that are foreseen to be the best of some budget, those that were not measured.
 
     Whatever a budget counts, the plans within it are, with one of these depths, all with fewer blocks on either side.
     """
-    preferred = shape.plans("calibrated")
+    preferred = sorted({*scores.plans, *foreseen_best(shape, scores)}, key=preference(scores))
     wanted = {*shape.plans("size-first"), *shape.plans("speed-first")}
     for encoder in shape.canonical["encoder"]:
         for decoder in shape.canonical["decoder"]:
             wanted.add(next(plan for plan in preferred if plan.depths[0] <= encoder and plan.depths[1] <= decoder))
-    return {plan for plan in wanted if plan not in shape.scores.plans and plan != shape.teacher}
+    return wanted - scores.plans.keys() - {shape.teacher}
 
 
 class _Score(NamedTuple):
@@ -138,8 +136,8 @@ def _batches(
 ) -> list[dict[str, torch.Tensor]]:
     """Padded, of examples of like length."""
     rows = [{name: row[name] for name in _COLUMNS if name in row} for row in dataset]
-    if not rows or not any(label != -100 for row in rows for label in row.get("labels", ())):
-        raise ValueError("calibrating needs examples with labels; the dataset has none")
+    if not rows or not all(any(label != -100 for label in row.get("labels", ())) for row in rows):
+        raise ValueError("calibrating needs examples, each with labels; " + ("one has none" if rows else "there are none"))
     rows.sort(key=lambda row: len(row["labels"]))
     collator = DataCollatorForSeq2Seq(processing_class, model=bank)
     return [{**batch} for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator)]
@@ -154,9 +152,8 @@ def _measured(
 ) -> dict[AssemblyPlan, _Score]:
     """The plans' scores; batch by batch, so that one pass of the teacher serves them all."""
     totals = {plan: [0.0, 0.0] for plan in plans}
-    tokens, was_training = 0, bank.training
-    bank.eval()
-    with tqdm(total=len(batches) * len(plans), desc=description, disable=description is None, leave=False) as bar:
+    tokens = 0
+    with evaluating(bank), tqdm(total=len(batches) * len(plans), desc=description, disable=description is None, leave=False) as bar:
         for batch in batches:
             examined = _Examined(bank, {name: tensor.to(bank.device) for name, tensor in batch.items()})
             tokens += examined.tokens
@@ -164,7 +161,9 @@ def _measured(
                 for i, divergence in enumerate(examined.divergences(plan)):
                     total[i] += divergence * examined.tokens
                 bar.update()
-    bank.train(was_training)
+    for plan, total in totals.items():
+        if not all(map(math.isfinite, total)):
+            raise ValueError(f"the predictions of {plan} are no numbers in {bank.dtype}: calibrate in float32, or look at its modules")
     return {plan: _Score(whole / tokens, own_parts / tokens) for plan, (whole, own_parts) in totals.items()}
 
 

@@ -23,13 +23,25 @@ class Scores(NamedTuple):
 
     Args:
         modules: of each side and granularity, by each module when it alone is in place.
-        plans: by plans that were measured as a whole.
+        plans: by plans that were measured as a whole; none if that was not asked for.
         own_parts: by what the bank has of its own beside modules, which every plan with modules runs.
     """
 
     modules: Mapping[str, Mapping[int, Sequence[float]]]
     plans: Mapping[AssemblyPlan, float]
     own_parts: float = 0.0
+
+    @classmethod
+    def of(cls, calibration: Mapping[str, Any]) -> "Scores":
+        """Out of its JSON form."""
+        modules = {side: {int(s): scores for s, scores in of_side.items()} for side, of_side in calibration["modules"].items()}
+        plans = {AssemblyPlan.from_any(plan): score for plan, score in calibration.get("plans", {}).items()}
+        return cls(modules, plans, calibration.get("own_parts", 0.0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        modules = {side: {str(s): list(scores) for s, scores in of_side.items()} for side, of_side in self.modules.items()}
+        return {"modules": modules, "plans": {str(plan): score for plan, score in self.plans.items()}, "own_parts": self.own_parts}
 
     def foreseen(self, plan: AssemblyPlan) -> float:
         """Measured, or else the sum of the modules' scores; nothing for the teacher."""
@@ -115,8 +127,8 @@ LIMITS: dict[str, Limit] = {
     "ratio": Limit(lambda report: report.layer_ratio, True, "a layer ratio of {:.12g}"),
     "max_parameters": Limit(lambda report: report.total_parameters, False, "{:,} parameters"),
     "max_bytes": Limit(lambda report: report.bytes, False, "{:,} bytes"),
-    "min_speedup": Limit(lambda report: report.speedup, True, "{:.4g} times the teacher's speed"),
-    "max_latency_ms": Limit(lambda report: report.latency_ms, False, "{:.4g} ms"),
+    "min_speedup": Limit(lambda report: report.speedup, True, "{:.12g} times the teacher's speed"),
+    "max_latency_ms": Limit(lambda report: report.latency_ms, False, "{:.12g} ms"),
 }
 
 
@@ -132,7 +144,7 @@ class BankShape:
         bytes_per_parameter: 4 for float32, 2 for bfloat16.
         own_head_parameters: what a plan with modules in the decoder has on top, where the bank trained a head of its own.
         wide_parameters: of one block a side, those that stay in float32 whatever the rest is in.
-        scores: where the bank was calibrated.
+        calibration: what `Scores.to_dict` gives, where the bank was calibrated.
         latency: where it was measured.
     """
 
@@ -143,7 +155,7 @@ class BankShape:
     bytes_per_parameter: int = 4
     own_head_parameters: int = 0
     wide_parameters: Mapping[str, int] | None = None
-    scores: Scores | None = None
+    calibration: Mapping[str, Any] | None = None
     latency: Latency | None = None
 
     @property
@@ -210,7 +222,7 @@ class BankShape:
 def the_one_budget(given: Mapping[str, Any], known: Iterable[str]) -> tuple[str, float]:
     """Name and bound of the only budget that is not None; a `ValueError` if it is not the only one, or no positive number."""
     if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"there is no budget {unknown[0]!r}; choose one of {', '.join(known)}")
+        raise ValueError(f"there is no argument or budget {unknown[0]!r}; the budgets are {', '.join(known)}")
     given = {name: bound for name, bound in given.items() if bound is not None}
     if len(given) != 1:
         raise ValueError(f"give exactly one of {', '.join(known)}; got {', '.join(given) or 'none'}")
@@ -246,14 +258,28 @@ def _speed_first(shape: BankShape) -> Iterator[AssemblyPlan]:
 
 
 def _calibrated(shape: BankShape) -> Iterator[AssemblyPlan]:
-    scores = shape.scores
-    if scores is None:
+    if shape.calibration is None:
         raise ValueError("the strategy 'calibrated' needs scores of this bank's modules: calibrate(bank, dataset, ...) makes them")
-    # Of each pair of depths the best plan, those that were measured, and these in order. What a plan costs depends on its depths alone, and
-    # scores of modules add up, so the first of them that is within a budget is the best of all plans that are.
+    scores = Scores.of(shape.calibration)
+    # What was measured as a whole is trusted alone, and the teacher.
+    plans = {shape.teacher, *scores.plans} if scores.plans else set(foreseen_best(shape, scores))
+    yield from sorted(plans, key=preference(scores))
+
+
+def preference(scores: Scores) -> Callable[[AssemblyPlan], tuple[Any, ...]]:
+    """A key to sort plans by: the least score first, of equal ones the smaller plan."""
+    return lambda plan: (scores.foreseen(plan), sum(plan.depths), plan.encoder, plan.decoder)
+
+
+def foreseen_best(shape: BankShape, scores: Scores) -> Iterator[AssemblyPlan]:
+    """Of each pair of depths, the plan with the least sum of its modules' scores.
+
+    What a plan costs depends on its depths alone, so the best of these within a budget is, by sums, the best of all plans within it.
+    """
     encoders, decoders = (_best_of_depths(shape, side, scores.modules[side]) for side in SIDES)
-    plans = {*scores.plans, *(AssemblyPlan(encoder, decoder) for encoder in encoders for decoder in decoders)}
-    yield from sorted(plans, key=lambda plan: (scores.foreseen(plan), sum(plan.depths), plan.encoder, plan.decoder))
+    for encoder in encoders:
+        for decoder in decoders:
+            yield AssemblyPlan(encoder, decoder)
 
 
 def _best_of_depths(shape: BankShape, side: str, scores: Mapping[int, Sequence[float]]) -> list[tuple[int, ...]]:
@@ -290,6 +316,8 @@ def resolve_plan(shape: BankShape, strategy: PlanLike, ratio: float | None = Non
     shape = replace(shape, latency=latency or shape.latency)
     if isinstance(strategy, str) and "/" not in strategy:
         return shape.report(shape.choose(strategy, ratio, **budgets))
+    if unknown := sorted(set(budgets) - set(LIMITS)):
+        raise ValueError(f"there is no argument or budget {unknown[0]!r}; the budgets are {', '.join(LIMITS)}")
     if given := [f"{name}={bound!r}" for name, bound in {"ratio": ratio, **budgets}.items() if bound is not None]:
         raise ValueError(f"{given[0]} goes with a strategy ({', '.join(STRATEGIES)}); the plan {strategy} already fixes the size")
     return shape.report(AssemblyPlan.from_any(strategy))

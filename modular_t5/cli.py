@@ -19,11 +19,11 @@ from transformers.utils import CONFIG_NAME
 
 from .assembly_modular_t5 import SIDES, canonical_tilings
 from .calibration import calibrate
-from .choosing_modular_t5 import LIMITS, STRATEGIES, PlanReport, resolve_plan
+from .choosing_modular_t5 import LIMITS, STRATEGIES, PlanReport, resolve_plan, the_one_budget
 from .comparison import Comparison, ComparisonArguments
 from .comparison_results import tables
 from .configuration_modular_t5 import ModularT5Config
-from .frontier import PICTURE_FILE, RESULTS_FILE, markdown_table, measure_frontier, standard_sizes
+from .frontier import BUDGETS, PICTURE_FILE, RESULTS_FILE, markdown_table, measure_frontier, standard_sizes
 from .latency import measure_latency
 from .layout_modular_t5 import parameter_map
 from .loading_modular_t5 import SavedBank, torch_dtype
@@ -36,16 +36,6 @@ from .storage_modular_t5 import upload
 
 
 _COMPARISON_FIELDS = {field.name: field for field in dataclasses.fields(ComparisonArguments)}
-
-# The budgets of `Frontier.limits`, as numbers of which kind.
-FRONTIER_BUDGETS = {
-    "ratio": float,
-    "max_parameters": int,
-    "max_bytes": int,
-    "min_speedup": float,
-    "max_ms_per_token": float,
-    "min_kept": float,
-}
 
 # What may be part of a model's repository; whatever else lies in a folder stays there.
 _PUBLISHED = {".safetensors", ".json", ".md", ".py", ".png", ".model", ".jinja"}
@@ -83,7 +73,7 @@ def info(args: argparse.Namespace) -> Outcome:
         "granularities": {side: list(shape.granularities[side]) for side in SIDES},
         "depths": {side: list(canonical_tilings(shape.num_layers[side], shape.granularities[side])) for side in SIDES},
         "largest_ratio": shape.largest_ratio,
-        "calibrated": shape.scores is not None,
+        "calibrated": shape.calibration is not None,
         "teacher_parameters": teacher.total_parameters,
         "smallest_parameters": smallest.total_parameters,
         "files": sorted(set(saved.stored.shard_names.values())),
@@ -94,7 +84,7 @@ def info(args: argparse.Namespace) -> Outcome:
         *((side, f"{shape.num_layers[side]} layers, modules for {', '.join(map(str, shape.granularities[side]))}") for side in SIDES),
         ("sizes", f"{teacher.total_parameters:,} to {smallest.total_parameters:,} parameters, 1x to {shape.largest_ratio:.2f}x"),
         ("of its own", ", ".join(config.own_parts) or "nothing beside modules"),
-        ("calibrated", "no" if shape.scores is None else f"yes, {len(shape.scores.plans)} plans measured"),
+        ("calibrated", "no" if shape.calibration is None else f"yes, {len(shape.calibration['plans'])} plans measured"),
         *(("file", file) for file in result["files"]),
     ]
     return result, "\n".join(f"{name:<12}{value}" for name, value in rows), 0
@@ -103,11 +93,12 @@ def info(args: argparse.Namespace) -> Outcome:
 def plan(args: argparse.Namespace) -> Outcome:
     """What sizes cost, and which files they need; without a strategy, of a spread of sizes."""
     saved = SavedBank(args.bank, **_hub_arguments(args))
-    budget = _budget(args)
+    budget = _budget(args, saved)
     if args.strategy is None:
         if args.ratio is not None or budget:
             raise ValueError("a budget goes with a strategy, which says what to prefer within it")
-        reports = {name: saved.shape.report(each) for name, each in standard_sizes(saved.shape).items()}
+        shape = saved.shape_in(torch_dtype(args.dtype))
+        reports = {name: shape.report(each) for name, each in standard_sizes(shape).items()}
         return {"sizes": [{"name": name, **_counts(report)} for name, report in reports.items()]}, counts_table(reports), 0
     report = resolve_plan(saved.shape_in(torch_dtype(args.dtype)), args.strategy, args.ratio, **budget)
     names = {name for name in parameter_map(saved.one_layer, report.plan, saved.config).values() if name in saved.stored}
@@ -124,7 +115,7 @@ def assemble(args: argparse.Namespace) -> Outcome:
         raise ValueError("--output is the folder to write, not an empty name")
     if (output / CONFIG_NAME).exists() and _is_bank(output):
         raise ValueError(f"{output} holds a bank, which would be overwritten; choose another folder")
-    budget = _budget(args)
+    budget = _budget(args, SavedBank(args.bank, teacher=args.teacher, **arguments))
     model = ModularT5ForConditionalGeneration.assemble_from_pretrained(
         args.bank, args.strategy, args.ratio, dtype=args.dtype, teacher=args.teacher, **budget, **arguments
     )
@@ -219,7 +210,9 @@ def frontier(args: argparse.Namespace) -> Outcome:
     output = Path(args.output or args.bank)
     if args.output is None and not output.is_dir():
         raise ValueError(f"--output is missing: the folder for the results of {args.bank}")
-    budget = {name: value for name in FRONTIER_BUDGETS if (value := getattr(args, name, None)) is not None}
+    budget = {name: value for name in BUDGETS if (value := getattr(args, name)) is not None}
+    if budget:
+        the_one_budget(budget, BUDGETS)
     measured = measure_frontier(
         bank,
         pairs,
@@ -252,10 +245,13 @@ def _loaded(args: argparse.Namespace, dtype: str | None = None) -> ModularT5ForC
     return bank.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def _budget(args: argparse.Namespace) -> dict[str, Any]:
-    """The budget that was given; for those of speed, with the latency of this machine."""
+def _budget(args: argparse.Namespace, saved: SavedBank) -> dict[str, Any]:
+    """The budget that was given; for those of speed, with the latency of this machine, measured if a strategy can choose by it."""
     budget = {name: getattr(args, name) for name in LIMITS if name != "ratio" and getattr(args, name) is not None}
-    if budget.keys() & {"min_speedup", "max_latency_ms"}:
+    if args.strategy in STRATEGIES:
+        the_one_budget({"ratio": args.ratio, **budget}, LIMITS)
+        saved.shape.plans(args.strategy)
+    if args.strategy in STRATEGIES and budget.keys() & {"min_speedup", "max_latency_ms"}:
         request = {name: getattr(args, name) for name in ("batch_size", "source_length", "target_length", "num_beams")}
         budget["latency"] = measure_latency(_loaded(args, dtype=args.dtype), **request, file=args.latency_file, description="Timing")
     return budget
@@ -361,8 +357,8 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--num-beams", type=int, default=1, help="1 is greedy search")
     added.add_argument("--output", "-o", help="folder for frontier.json, frontier.csv and frontier.png; by default the bank's")
     budgets = added.add_argument_group("a budget, to draw and to name the best size within it")
-    for name, kind in FRONTIER_BUDGETS.items():
-        budgets.add_argument(f"--{name.replace('_', '-')}", type=kind)
+    for name, (_, axis) in BUDGETS.items():
+        budgets.add_argument(f"--{name.replace('_', '-')}", type=json.loads, metavar="NUMBER", help=f"in {axis}" if axis != "MB" else None)
     added = command("rebuild", rebuild_command, "fast")
     added.add_argument("model", help="folder or Hub id of an assembled model")
     added.add_argument("--bank", help="folder or Hub id of the bank, if not where the model says; --revision is the bank's")

@@ -1,6 +1,5 @@
 """The configuration of a bank: a T5's, plus the granularities of each side and the plan that runs."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -10,7 +9,6 @@ from transformers import T5Config
 from transformers.activations import ACT2FN
 
 from .assembly_modular_t5 import MAX_LAYERS, SIDES, AssemblyPlan, PlanLike, checked_plan, is_integer, teacher_plan
-from .choosing_modular_t5 import Scores
 
 
 DEFAULT_GRANULARITIES = (2, 3, 4, 6)
@@ -136,18 +134,9 @@ class ModularT5Config(T5Config):
         if self.lora and not (self.lora["rank"] or 0) >= 1:
             raise ValueError(f"the rank of lora must be a positive integer, got {self.lora['rank']!r}")
         if self.calibration is not None:
-            self.calibration = _checked_calibration(self.calibration, layers, self.granularities)
+            self.calibration = checked_calibration(self.calibration, layers, self.granularities)
         self.auto_map = dict(_AUTO_MAP)
         set_cache_depth(self)
-
-    @property
-    def scores(self) -> Scores | None:
-        """`calibration`, as choosing a plan takes it."""
-        if self.calibration is None:
-            return None
-        modules = {side: {int(s): scores for s, scores in of_side.items()} for side, of_side in self.calibration["modules"].items()}
-        plans = {AssemblyPlan.parse(plan): score for plan, score in self.calibration.get("plans", {}).items()}
-        return Scores(modules, plans, self.calibration.get("own_parts", 0.0))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -171,7 +160,7 @@ def _checked_mapping(name: str, given: Any, types: Mapping[str, type]) -> dict[s
     return {key: given.get(key) for key in types}
 
 
-def _checked_calibration(given: Any, layers: Mapping[str, int], granularities: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+def checked_calibration(given: Any, layers: Mapping[str, int], granularities: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """`given` with strings for granularities, as JSON has them."""
     if not isinstance(given, Mapping) or not {"modules"} <= set(given) <= {"modules", "plans", "own_parts"}:
         raise ValueError(f"calibration is a mapping with the scores of 'modules', and of 'plans' if there are any; got {given!r}")
@@ -194,7 +183,7 @@ def _checked_calibration(given: Any, layers: Mapping[str, int], granularities: M
 
 
 def _finite(score: Any) -> float:
-    if not isinstance(score, Real) or isinstance(score, bool) or not math.isfinite(score):
+    if not isinstance(score, Real) or isinstance(score, bool) or not abs(score) < 1e9:
         raise ValueError(f"a score of calibration must be a finite number, got {score!r}")
     return float(score)
 

@@ -30,12 +30,12 @@ def to_ctranslate2(
     Args:
         model: a T5 in float32.
         quantization: of the weights, one of `QUANTIZATIONS`; by default float32, as they are.
-        force: write to a folder that is there.
+        force: replace an earlier export, with all that is in its folder.
 
     Raises:
         ImportError: ctranslate2 is not installed.
-        ValueError: the model is none of these, or a bank, or not in float32; or there is no such quantization.
-        RuntimeError: the folder is there, without `force`.
+        ValueError: the model is none of these, or a bank, or not in float32; there is no such quantization; or there is something in
+            the folder, other than an earlier export and `force`.
     """
     try:
         from ctranslate2.converters.converter import Converter
@@ -50,14 +50,16 @@ def to_ctranslate2(
     class T5Converter(Converter):
         def _load(self) -> Any:
             with torch.no_grad():
-                spec = T5Loader()(copy.deepcopy(model), tokenizer)  # quantizing writes into the tensors that it is given
+                spec = T5Loader()(copied, tokenizer)
             scaled = getattr(model.config, "scale_decoder_outputs", False)
             spec.decoder.scale_outputs = model.config.d_model**-0.5 if scaled else OPTIONAL
             return spec
 
-    T5Converter().convert(os.fspath(folder), quantization=quantization, force=force)
+    folder = _free(folder, "model.bin", force)
+    copied = copy.deepcopy(model).cpu()  # quantizing writes into the tensors that it is given
+    T5Converter().convert(os.fspath(folder), quantization=quantization, force=True)
     tokenizer.save_pretrained(folder)
-    return Path(folder)
+    return folder
 
 
 class _Encoder(nn.Module):
@@ -83,8 +85,8 @@ class _Decoder(nn.Module):
         ).logits
 
 
-def to_onnx(model: T5, folder: str | os.PathLike) -> Path:
-    """Write a T5 as two ONNX graphs, for any batch and lengths; returns the folder.
+def to_onnx(model: T5, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike, *, force: bool = False) -> Path:
+    """Write a T5 as two ONNX graphs, for any batch and lengths, with its tokenizer; returns the folder.
 
     `encoder_model.onnx`: `input_ids`, `attention_mask` -> `last_hidden_state`. `decoder_model.onnx`: `input_ids`,
     `encoder_hidden_states`, `encoder_attention_mask` -> `logits`. The decoder is without a cache of keys and values: every step reads
@@ -92,18 +94,21 @@ def to_onnx(model: T5, folder: str | os.PathLike) -> Path:
 
     Args:
         model: a T5 in float32.
+        force: replace an earlier export.
 
     Raises:
         ImportError: onnx is not installed.
-        ValueError: the model is none of these, or a bank, or not in float32.
+        ValueError: the model is none of these, or a bank, or not in float32; or there is something in the folder, other than an earlier
+            export and `force`.
     """
     try:
         import onnx  # noqa: F401 - what torch's exporter needs
     except ImportError as error:
         raise ImportError("to_onnx needs onnx: pip install onnx") from error
     _check(model)
-    folder = Path(folder)
+    folder = _free(folder, "encoder_model.onnx", force)
     folder.mkdir(parents=True, exist_ok=True)
+    model = copy.deepcopy(model).cpu()
     batch, source, target = 2, 5, 3
     ids, mask = torch.ones(batch, source, dtype=torch.long), torch.ones(batch, source, dtype=torch.long)
     states, decoder_ids = torch.zeros(batch, source, model.config.d_model), torch.ones(batch, target, dtype=torch.long)
@@ -139,6 +144,16 @@ def to_onnx(model: T5, folder: str | os.PathLike) -> Path:
             )
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _free(folder: str | os.PathLike, export: str, force: bool) -> Path:
+    """The folder, if nothing in it would be lost but an earlier export that may be."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (force and (folder / export).exists()):
+        remedy = "pass force=True to replace it" if (folder / export).exists() else "choose another folder"
+        raise ValueError(f"there is something in {folder}; {remedy}")
     return folder
 
 

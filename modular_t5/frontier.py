@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .assembly_modular_t5 import AssemblyPlan, PlanLike
-from .choosing_modular_t5 import LIMITS, BankShape, Limit, PlanReport, the_one_budget
-from .measuring import environment, generate_texts, measure_speed, write_json
+from .choosing_modular_t5 import LIMITS, STRATEGIES, BankShape, Limit, PlanReport, the_one_budget
+from .measuring import environment, evaluating, generate_texts, measure_speed, write_json
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .pairs import Pairs, scores_of, signatures
 from .storage_modular_t5 import fingerprint
@@ -36,7 +36,7 @@ def standard_sizes(shape: BankShape) -> dict[str, AssemblyPlan]:
     """By name, the teacher and every distinct plan of `STANDARD_RATIOS` that a bank reaches."""
     plans = {"teacher": shape.teacher}
     for strategy, ratios in STANDARD_RATIOS.items():
-        for ratio in ratios if strategy != "calibrated" or shape.scores is not None else ():
+        for ratio in ratios if strategy != "calibrated" or shape.calibration is not None else ():
             if ratio <= shape.largest_ratio and (plan := shape.choose(strategy, ratio)) not in plans.values():
                 plans[f"{strategy} {ratio:g}x"] = plan
     return plans
@@ -82,13 +82,14 @@ class FrontierPoint:
         return 1000 / self.tokens_per_second
 
 
-# What a picture has across, by the budget that it shows: the unit that the figure is divided by, and its name.
-_AXES = {
+# The budgets that measured sizes can be held against: the unit that a picture has its figure in, and how it is called there.
+BUDGETS = {
     "ratio": (1, "layer ratio"),
     "max_parameters": (1e6, "million parameters"),
     "max_bytes": (1e6, "MB"),
     "min_speedup": (1, "times the teacher's speed"),
     "max_ms_per_token": (1, "ms a token"),
+    "min_kept": (1, "per cent of the teacher"),
 }
 
 
@@ -116,6 +117,10 @@ class Frontier:
         whole = self.teacher.scores[self.metric]
         return 100 * scores[self.metric] / whole if whole else math.nan
 
+    @property
+    def _knows_untrained(self) -> bool:
+        return all(self.metric in point.untrained_scores for point in self.points)
+
     def optimal(self, point: FrontierPoint) -> list[str]:
         """In what a size is Pareto-optimal: `size` and `speed`, if no other has as much quality for fewer bytes, or in less time."""
         costs = {"size": lambda each: each.bytes, "speed": lambda each: each.ms_per_token}
@@ -127,23 +132,23 @@ class Frontier:
 
     @property
     def limits(self) -> dict[str, Limit]:
-        """The budgets that measured sizes can be held against."""
+        """What each of `BUDGETS` bounds."""
         return {
             "ratio": Limit(lambda point: point.layer_ratio, True, LIMITS["ratio"].said),
             "max_parameters": Limit(lambda point: point.parameters, False, LIMITS["max_parameters"].said),
             "max_bytes": Limit(lambda point: point.bytes, False, LIMITS["max_bytes"].said),
             "min_speedup": Limit(self.speedup, True, LIMITS["min_speedup"].said),
-            "max_ms_per_token": Limit(lambda point: point.ms_per_token, False, "{:.4g} ms a token"),
-            "min_kept": Limit(self.kept, True, "{:.4g} % of the teacher"),
+            "max_ms_per_token": Limit(lambda point: point.ms_per_token, False, "{:.12g} ms a token"),
+            "min_kept": Limit(self.kept, True, "{:.12g} % of the teacher"),
         }
 
     def best(self, **budget: float) -> FrontierPoint:
-        """The measured size of the best quality within a budget, one of `limits`; of `min_kept`, in per cent, the smallest size.
+        """The measured size of the best quality within a budget, one of `BUDGETS`; of `min_kept`, in per cent, the smallest size.
 
         Raises:
             ValueError: none or several budgets, or one that no size is within; the message names the nearest.
         """
-        name, bound = the_one_budget(budget, self.limits)
+        name, bound = the_one_budget(budget, BUDGETS)
         within = self.limits[name].within(self.points, name, bound)
         if name == "min_kept":
             return min(within, key=lambda point: (point.bytes, -point.scores[self.metric]))
@@ -170,7 +175,7 @@ class Frontier:
 
     def table(self, points: Sequence[FrontierPoint] | None = None) -> str:
         """A Markdown table, aligned for reading as plain text, of all points or of these."""
-        metrics, drop = list(self.teacher.scores), bool(self.teacher.untrained_scores)
+        metrics, drop = list(self.teacher.scores), self._knows_untrained
         header = ["size", "plan", "layers", "ratio", "parameters", "MB", *metrics, "kept", "ms/token", "speed-up", "Pareto"]
         header += [f"untrained drop, {self.metric}"] if drop else []
         rows = [
@@ -207,8 +212,9 @@ class Frontier:
     def to_csv(self, path: str | os.PathLike) -> None:
         """The same as a file of comma-separated values."""
         rows = self.to_dicts()
+        names = list(dict.fromkeys(name for row in rows for name in row))
         with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(rows)
 
@@ -224,28 +230,31 @@ class Frontier:
         """Quality kept against layer ratio, a line a strategy, beside the same plans before training where they were measured.
 
         Args:
-            budget: one of `limits`: a line is drawn at it, quality is against what it bounds, and the best size within it is ringed.
+            budget: one of `BUDGETS`: a line is drawn at it, quality is against what it bounds, and the best size within it is ringed.
 
         Raises:
             ValueError: several budgets, or one that is none or that no size is within.
             ImportError: matplotlib is not installed.
         """
-        name, bound = the_one_budget(budget, self.limits) if budget else ("ratio", None)
+        name, bound = the_one_budget(budget, BUDGETS) if budget else ("ratio", None)
         figure, axes = picture("Frontier.plot")
         shown = "ratio" if name == "min_kept" else name
-        (unit, axis), limit = _AXES[shown], self.limits[shown]
+        (unit, axis), limit = BUDGETS[shown], self.limits[shown]
 
         def across(points: Sequence[FrontierPoint]) -> list[float]:
             return [limit.figure(point) / unit for point in points]
 
-        sizes = self.points[1:]
-        for strategy, colour in zip(dict.fromkeys(point.name.split()[0] for point in sizes), ("C0", "C1", "C2", "C4"), strict=False):
-            line = [self.teacher, *(point for point in sizes if point.name.split()[0] == strategy)]
-            axes.plot(across(line), [self.kept(p) for p in line], "o-", color=colour, label=strategy)
-            if self.teacher.untrained_scores:
+        sizes: dict[str, list[FrontierPoint]] = {}
+        for point in self.points[1:]:
+            strategy = point.name.split()[0]
+            sizes.setdefault(strategy if strategy in STRATEGIES else "other sizes", []).append(point)
+        for (strategy, points), colour in zip(sizes.items(), ("C0", "C1", "C2", "C4"), strict=False):
+            line = [self.teacher, *points]
+            axes.plot(across(line), [self.kept(p) for p in line], "o-" if strategy in STRATEGIES else "o", color=colour, label=strategy)
+            if self._knows_untrained:
                 untrained = [self._of_teacher(point.untrained_scores) for point in line]
                 axes.plot(across(line), untrained, "x:", color=colour, alpha=0.6, label=f"{strategy}, untrained layer drop")
-            above = strategy == sizes[0].name.split()[0]
+            above = strategy == next(iter(sizes))
             for point, x in zip(line[1:], across(line[1:]), strict=True):
                 axes.annotate(
                     "+".join(map(str, point.depths)),
@@ -301,39 +310,44 @@ def measure_frontier(
         plans: by name, or as they are; by default `standard_sizes`, with those of `calibrated` where the bank is. The teacher comes first.
         metric: of the scores, the one that quality is read by.
         compute_scores: texts and references -> scores, higher is better.
-        untrained_scores: by plan, as of `FrontierPoint`.
+        untrained_scores: by plan, as of `FrontierPoint`, of all that are measured.
         max_new_tokens, max_source_length: in tokens.
         speed_batch_size, speed_new_tokens: sources that are timed, and tokens generated for each, greedily.
-        file: where the result is saved. What is measured is kept beside it until all is; the same call takes up from there.
+        file: where the result is saved. Scores are kept beside it until all are there, and the same call takes up from there; of a
+            result that is there it takes the scores, and times anew.
         description: of the progress bars; none without it.
         generate_arguments: for `generate`, such as `num_beams`; greedy search by default.
 
     Raises:
-        ValueError: there are no pairs, or no such metric, or a plan that the bank cannot run.
+        ValueError: there are no pairs, or no such metric, a plan that the bank cannot run, another teacher than the bank's, or scores
+            before training of some plans alone.
     """
     if not pairs.sources:
         raise ValueError("measuring quality needs pairs of texts; there are none")
     named = _named_plans(bank, plans)
     decoding = {"max_new_tokens": max_new_tokens, "max_source_length": max_source_length, **generate_arguments}
-    begun = _Begun(file, lambda: [fingerprint(bank.state_dict()), pairs, decoding, compute_scores.__qualname__])
+    untrained = {AssemblyPlan.from_any(plan): dict(of) for plan, of in (untrained_scores or {}).items()}
+    if untrained and (missing := set(named.values()) - untrained.keys()):
+        raise ValueError(f"untrained_scores are of all plans that are measured, or of none; {min(missing, key=str)} is not there")
+    begun = _Begun(file, lambda: _what_decides(bank, tokenizer, pairs, decoding, compute_scores))
     scores = begun.scores
     for name, plan in tqdm(named.items(), desc=description, disable=description is None, leave=False):
         if str(plan) in scores:
+            _check_metric(metric, scores[str(plan)])
             continue
-        with bank.using(plan):
+        with evaluating(bank), bank.using(plan):
             texts = generate_texts(
                 bank, tokenizer, pairs.sources, batch_size=batch_size, description=description and f"{description} {name}", **decoding
             )
         scores[str(plan)] = compute_scores(texts, pairs.targets)
-        if metric not in scores[str(plan)]:
-            raise ValueError(f"there is no metric {metric!r}; the scores are {', '.join(scores[str(plan)])}")
         begun.keep()
+        _check_metric(metric, scores[str(plan)])
     batch = tokenizer(pairs.sources[:speed_batch_size], return_tensors="pt", padding=True, truncation=True, max_length=max_source_length)
     inputs = {name: batch[name].to(bank.device) for name in ("input_ids", "attention_mask")}
     sizes = [bank.assemble(plan, share_weights=not bank.config.lora) for plan in named.values()]
     speeds = measure_speed(sizes, inputs, new_tokens=speed_new_tokens, description=description and f"{description} speed")
     points = [
-        FrontierPoint.of(name, bank.report(plan), scores[str(plan)], dict((untrained_scores or {}).get(str(plan), {})), speed)
+        FrontierPoint.of(name, bank.report(plan), scores[str(plan)], untrained.get(plan, {}), speed)
         for (name, plan), speed in zip(named.items(), speeds, strict=True)
     ]
     told = {
@@ -344,7 +358,7 @@ def measure_frontier(
     }
     frontier = Frontier(tuple(points), metric, {**environment(), **told})
     if file is not None:
-        frontier.save(file)
+        frontier.save(file, key=begun.key)
     begun.forget()
     return frontier
 
@@ -356,31 +370,56 @@ def _named_plans(
     shape = bank.shape
     if plans is None:
         plans = standard_sizes(shape)
+    elif isinstance(plans, str | AssemblyPlan):
+        plans = {str(plans): plans}
     elif not isinstance(plans, Mapping):
         plans = {str(AssemblyPlan.from_any(plan)): plan for plan in plans}
     named = {"teacher": shape.teacher}
     for name, plan in plans.items():
         plan = bank.choose_plan(plan)
+        if name == "teacher" and plan != shape.teacher:
+            raise ValueError(f"the teacher is {shape.teacher}; call {plan} by another name")
         if plan not in named.values():
             named[name] = plan
     return named
 
 
-class _Begun:
-    """The scores of a measurement that was interrupted, kept beside the file that is to hold all; nowhere without a file."""
+def _check_metric(metric: str, scores: Mapping[str, float]) -> None:
+    if metric not in scores:
+        raise ValueError(f"there is no metric {metric!r}; the scores are {', '.join(scores)}")
 
-    def __init__(self, file: str | os.PathLike | None, measured: Callable[[], Any]):
+
+def _what_decides(
+    bank: ModularT5ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    decoding: Mapping[str, Any],
+    compute_scores: Callable[..., Any],
+) -> list[Any]:
+    """All that scores depend on."""
+    config = {name: value for name, value in bank.config.to_dict().items() if name not in ("calibration", "plan", "_name_or_path")}
+    told = [fingerprint(bank.state_dict()), config, bank.generation_config.to_dict(), pairs, decoding]
+    return [*told, tokenizer(pairs.sources).input_ids, getattr(compute_scores, "__qualname__", repr(compute_scores))]
+
+
+class _Begun:
+    """The scores of a measurement that was interrupted, kept beside the file that holds all in the end; nowhere without a file."""
+
+    def __init__(self, file: str | os.PathLike | None, decides: Callable[[], Any]):
         self._path = None if file is None else Path(f"{os.fspath(file)}.begun")
+        self.key: str | None = None
         self.scores: dict[str, dict[str, float]] = {}
-        if self._path is not None:
-            self._key = hashlib.sha256(json.dumps(measured(), default=repr).encode()).hexdigest()
-            kept = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
-            if kept.get("key") == self._key:
-                self.scores = kept["scores"]
+        if self._path is None:
+            return
+        self.key = hashlib.sha256(json.dumps(decides(), default=repr).encode()).hexdigest()
+        for path in (Path(file), self._path):
+            kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            if kept.get("key") == self.key:
+                self.scores |= kept["scores"] if "scores" in kept else {point["plan"]: point["scores"] for point in kept["points"]}
 
     def keep(self) -> None:
         if self._path is not None:
-            write_json(self._path, {"key": self._key, "scores": self.scores})
+            write_json(self._path, {"key": self.key, "scores": self.scores})
 
     def forget(self) -> None:
         if self._path is not None:

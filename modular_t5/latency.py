@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan
-from .choosing_modular_t5 import Latency
+from .choosing_modular_t5 import Latency, is_number
 from .measuring import environment, median_seconds, write_json
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 
@@ -54,13 +54,14 @@ def measure_latency(
         "hardware": told["hardware"],
         "versions": told["versions"],
         "request": {**request, "dtype": str(bank.dtype).removeprefix("torch."), "device": bank.device.type},
-        "model": {name: getattr(config, name) for name in _DIMENSIONS},
+        "model": {name: getattr(config, name) for name in _DIMENSIONS} | {"attention": bank.encoder.config._attn_implementation},
+        "generation": bank.generation_config.to_diff_dict(),
     }
     kept = _read(file) if file is not None else []
     for entry in kept:
         if made.items() <= entry.items():
             return Latency(entry["base_ms"], entry["block_ms"], entry["hardware"], entry["request"])
-    plans = _timed_plans(bank)
+    plans = timed_plans(bank)
     models = [bank.assemble(plan, share_weights=not config.lora) for plan in plans]
     torch_random = torch.Generator().manual_seed(0)
     input_ids = torch.randint(3, config.vocab_size, (batch_size, source_length), generator=torch_random).to(bank.device)
@@ -84,7 +85,8 @@ def measure_latency(
 _DIMENSIONS = ("d_model", "d_kv", "d_ff", "num_heads", "vocab_size", "feed_forward_proj")
 
 
-def _timed_plans(bank: ModularT5ForConditionalGeneration) -> list[AssemblyPlan]:
+def timed_plans(bank: ModularT5ForConditionalGeneration) -> list[AssemblyPlan]:
+    """The plans that `measure_latency` times."""
     depths = {}
     for side, tilings in bank.shape.canonical.items():
         of_side = list(tilings.values())
@@ -95,11 +97,19 @@ def _timed_plans(bank: ModularT5ForConditionalGeneration) -> list[AssemblyPlan]:
 
 
 def _fitted(plans: list[AssemblyPlan], seconds: list[float]) -> list[float]:
-    """Milliseconds of the rest, of an encoder block and of a decoder block; least squares of errors relative to what was measured."""
+    """Milliseconds of the rest, of an encoder block and of a decoder block, none below zero; least squares of relative errors."""
     measured = 1000 * torch.tensor(seconds, dtype=torch.float64)
     counts = torch.tensor([[1, *plan.depths] for plan in plans], dtype=torch.float64)
-    fit = torch.linalg.lstsq(counts / measured[:, None], torch.ones(len(plans), 1, dtype=torch.float64)).solution.flatten()
-    return fit.clamp(min=0).tolist()
+    rows = counts / measured[:, None]
+    parts = list(range(3))
+    while True:
+        fit = torch.linalg.lstsq(rows[:, parts], torch.ones(len(plans), 1, dtype=torch.float64)).solution.flatten()
+        if fit.min() >= 0:
+            break
+        parts.remove(parts[int(fit.argmin())])  # what is nothing but noise explains nothing; the others do, without it
+    solution = torch.zeros(3, dtype=torch.float64)
+    solution[parts] = fit
+    return solution.tolist()
 
 
 def _read(file: str | os.PathLike) -> list[Mapping[str, Any]]:
@@ -108,8 +118,10 @@ def _read(file: str | os.PathLike) -> list[Mapping[str, Any]]:
         return []
     try:
         kept = json.loads(Path(file).read_text(encoding="utf-8"))
-        if not all({"base_ms", "block_ms", "hardware", "request"} <= entry.keys() for entry in kept):
-            raise ValueError("a measurement lacks a part")
-    except (ValueError, AttributeError, TypeError) as error:
+        for entry in kept if isinstance(kept, list) else [None]:
+            numbers = [entry["base_ms"], *(entry["block_ms"][side] for side in SIDES)]
+            if not all(map(is_number, numbers)) or not {"hardware", "request"} <= entry.keys():
+                raise ValueError("a measurement lacks a part")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{file} is not what measure_latency keeps ({error!r})") from error
     return kept

@@ -132,5 +132,5 @@ def bank_shape(one_layer: Mapping[str, int], config: ModularT5Config, bytes_per_
         own_head_parameters=one_layer[SHARED] if "head" in config.own_parts and HEAD not in one_layer else 0,
         bytes_per_parameter=bytes_per_parameter,
         wide_parameters=wide_parameters,
-        scores=config.scores,
+        calibration=config.calibration,
     )

@@ -110,7 +110,7 @@ def bank_card(
         teacher=teacher,
         sizes=points,
         ratio=f"{min(2, shape.largest_ratio):g}",
-        calibrated=shape.scores is not None,
+        calibrated=shape.calibration is not None,
         table=table,
         files=shard_table(config, modules_only),
         modules_only=modules_only,

@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from modular_t5 import AssemblyPlan, ModularT5Config
+from modular_t5.choosing_modular_t5 import Scores
 
 
 def test_default_granularities_are_those_that_divide_each_side():
@@ -57,9 +58,9 @@ def test_a_calibration_survives_json(tmp_path):
     config = ModularT5Config(num_layers=6, granularities=(6,), calibration=given)
     config.save_pretrained(tmp_path)
     assert ModularT5Config.from_pretrained(tmp_path).calibration == {**scores_of("6", [1.0]), "plans": {"6x1/6x1": 2.0}, "own_parts": 0.0}
-    assert config.scores.modules == scores_of(6, [1.0])["modules"]
-    assert config.scores.plans == {AssemblyPlan.parse("6x1/6x1"): 2.0}
-    assert ModularT5Config(num_layers=6).scores is None
+    assert Scores.of(config.calibration).modules == scores_of(6, [1.0])["modules"]
+    assert Scores.of(config.calibration).plans == {AssemblyPlan.parse("6x1/6x1"): 2.0}
+    assert Scores.of(config.calibration).to_dict() == config.calibration
 
 
 @pytest.mark.parametrize(
@@ -98,6 +99,7 @@ def test_a_calibration_survives_json(tmp_path):
         ({"granularities": (6,), "calibration": scores_of(6, "1")}, "must have of each encoder"),
         ({"granularities": (6,), "calibration": scores_of(6, [float("nan")])}, "a score of calibration must be a finite number, got nan"),
         ({"granularities": (6,), "calibration": scores_of(6, ["1"])}, "must be a finite number, got '1'"),
+        ({"granularities": (6,), "calibration": scores_of(6, [10**400])}, "must be a finite number, got 1000"),
         ({"granularities": (6,), "calibration": {**scores_of(6, [1]), "plans": {"6x1/2x3": 1}}}, "uses granularity 2"),
         ({"granularities": (6,), "calibration": {**scores_of(6, [1]), "plans": [1]}}, "the plans of calibration are a mapping"),
     ],

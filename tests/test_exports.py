@@ -67,7 +67,7 @@ def test_ctranslate2_in_int8_is_smaller(tokenizer, tmp_path):
     }
     assert bytes_of["int8"] < 0.4 * bytes_of[None]
     assert same(model, make_teacher(vocab_size=len(tokenizer), d_model=64, d_ff=256))
-    with pytest.raises(RuntimeError, match="already exists"):
+    with pytest.raises(ValueError, match=r"there is something in .*int8; pass force=True to replace it"):
         to_ctranslate2(model, tokenizer, tmp_path / "int8")
     to_ctranslate2(model, tokenizer, tmp_path / "int8", force=True)
     with pytest.raises(ValueError, match="unknown quantization 'int4'; choose one of int8"):
@@ -79,7 +79,7 @@ def test_onnx(name, tokenizer, tmp_path):
     pytest.importorskip("onnx", reason="pip install onnx")
     runtime = pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
     for number, model in enumerate(sizes(name, tokenizer)):
-        folder = to_onnx(model, tmp_path / str(number))
+        folder = to_onnx(model, tokenizer, tmp_path / str(number))
         assert same(model, sizes(name, tokenizer)[number])
         encoder, decoder = (runtime.InferenceSession(folder / f"{part}_model.onnx") for part in ("encoder", "decoder"))
         batch = tokenizer(TEXTS, return_tensors="np", padding=True)
@@ -95,17 +95,21 @@ def test_onnx(name, tokenizer, tmp_path):
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
 
 
-@pytest.mark.parametrize("export", [lambda model, folder: to_ctranslate2(model, None, folder), to_onnx], ids=["ctranslate2", "onnx"])
+@pytest.mark.parametrize("export", [to_ctranslate2, to_onnx])
 def test_what_cannot_be_exported_is_refused(export, tmp_path):
     pytest.importorskip("ctranslate2", reason="pip install ctranslate2")
     pytest.importorskip("onnx", reason="pip install onnx")
     with pytest.raises(ValueError, match="assemble the one to export first"):
-        export(make_bank(), tmp_path / "x")
+        export(make_bank(), None, tmp_path / "x")
     with pytest.raises(ValueError, match="got Linear"):
-        export(torch.nn.Linear(1, 1), tmp_path / "x")
+        export(torch.nn.Linear(1, 1), None, tmp_path / "x")
     with pytest.raises(ValueError, match=r"float32: model.float\(\)"):
-        export(make_teacher(dtype=torch.bfloat16), tmp_path / "x")
+        export(make_teacher(dtype=torch.bfloat16), None, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"there is something in .*; choose another folder"):
+        export(make_teacher(), None, tmp_path, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
@@ -114,4 +118,4 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="pip install ctranslate2"):
         to_ctranslate2(make_teacher(), None, tmp_path)
     with pytest.raises(ImportError, match="pip install onnx"):
-        to_onnx(make_teacher(), tmp_path)
+        to_onnx(make_teacher(), None, tmp_path)

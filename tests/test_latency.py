@@ -1,4 +1,4 @@
-"""What a plan takes: the fit, what is kept in a file, what is refused. How near predictions come is for benchmarks/latency.py."""
+"""What a plan takes: the fit, what is kept in a file, what is refused. How near predictions come is for benchmarks/choosing.py."""
 
 import itertools
 import json
@@ -8,7 +8,10 @@ from conftest import make_bank
 
 from modular_t5 import AssemblyPlan
 from modular_t5.assembly_modular_t5 import tilings
-from modular_t5.latency import measure_latency
+from modular_t5.latency import _fitted, measure_latency
+
+
+BROKEN = '[{"base_ms": "x", "block_ms": {"encoder": 1, "decoder": 1}, "hardware": "y", "request": {}}]'
 
 
 @pytest.fixture
@@ -47,10 +50,15 @@ def test_a_few_plans_predict_all(name, timed):
     assert told["request"] == request
 
 
-def test_blocks_never_cost_less_than_nothing(monkeypatch):
-    monkeypatch.setattr("modular_t5.latency.median_seconds", lambda tasks, **_: [1.0 / (i + 1) for i in range(len(tasks))])
-    latency = measure_latency(make_bank())
-    assert min(latency.base_ms, *latency.block_ms.values()) >= 0
+@pytest.mark.parametrize(("base", "encoder", "decoder"), [(-1, 2, 5), (30, -0.5, 5), (30, 0, 0), (3, 2, 5)])
+def test_blocks_never_cost_less_than_nothing_and_the_rest_still_fits(base, encoder, decoder):
+    plans = [AssemblyPlan.parse(plan) for plan in ("1x6/1x6", "1x6/6x1", "6x1/1x6", "6x1/6x1", "2x3/2x3")]
+    seconds = [(base + encoder * plan.depths[0] + decoder * plan.depths[1]) / 1000 for plan in plans]
+    parts = _fitted(plans, seconds)
+    assert min(parts) >= 0
+    errors = [(parts[0] + parts[1] * p.depths[0] + parts[2] * p.depths[1]) / (1000 * s) - 1 for p, s in zip(plans, seconds, strict=True)]
+    largest = max(map(abs, errors))
+    assert largest < (1e-9 if min(base, encoder, decoder) >= 0 else 0.15)
 
 
 def test_a_measurement_is_kept_with_what_it_depends_on(timed, tmp_path, monkeypatch):
@@ -60,15 +68,19 @@ def test_a_measurement_is_kept_with_what_it_depends_on(timed, tmp_path, monkeypa
     assert len(timed) == 5
     measure_latency(bank, source_length=6, target_length=2, file=file)
     assert len(timed) == 10
+    bank.set_attn_implementation("eager")
+    measure_latency(bank, source_length=6, target_length=2, file=file)
+    bank.set_attn_implementation("sdpa")
+    assert len(timed) == 15
     monkeypatch.setattr("torch.get_num_threads", lambda: 77)
     assert measure_latency(bank, source_length=5, target_length=2, file=file).hardware.endswith("77 threads")
-    assert len(timed) == 15
+    assert len(timed) == 20
     kept = json.loads(file.read_text())
-    assert [entry["request"]["source_length"] for entry in kept] == [5, 6, 5]
+    assert [entry["request"]["source_length"] for entry in kept] == [5, 6, 6, 5]
     assert {"hardware", "date", "versions", "model", "measured_ms"} <= kept[0].keys()
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '[{"hardware": "x"}]', '{"base_ms": 1}'])
+@pytest.mark.parametrize("content", ["{", "[1]", '[{"hardware": "x"}]', '{"base_ms": 1}', "{}", BROKEN])
 def test_a_file_of_something_else_is_refused(content, tmp_path):
     (tmp_path / "latency.json").write_text(content)
     with pytest.raises(ValueError, match="is not what measure_latency keeps"):

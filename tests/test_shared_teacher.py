@@ -92,7 +92,7 @@ def test_onnx_gives_the_same_ids(plan, bank, tokenizer, pairs, tmp_path):
     pytest.importorskip("onnx", reason="pip install onnx")
     runtime = pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
     model = bank.assemble(plan)
-    to_onnx(model, tmp_path)
+    to_onnx(model, tokenizer, tmp_path)
     encoder, decoder = (runtime.InferenceSession(tmp_path / f"{part}_model.onnx") for part in ("encoder", "decoder"))
     batch = tokenizer(pairs.sources, return_tensors="np", padding=True)
     source = {name: batch[name].astype("int64") for name in ("input_ids", "attention_mask")}
