@@ -1,7 +1,7 @@
 """One resident bank that answers at different sizes: a text, a budget, and the answers and times of two sizes side by side.
 
     modular-t5 frontier bank test.jsonl --source-lang en --target-lang de
-    python examples/serve_budgets.py bank
+    python examples/serve_budgets.py --bank bank
 
 The first command measures the sizes on offer, and leaves `frontier.json` in the bank's folder. Every size is a view on the bank's own
 weights, `bank.assemble(plan, share_weights=True)`: a T5 of its own that costs no memory but its Python objects. So requests at different

@@ -68,7 +68,7 @@ def measure_latency(
     arguments = {"do_sample": False, "num_beams": num_beams, "min_new_tokens": target_length, "max_new_tokens": target_length}
     arguments |= {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     seconds = median_seconds([partial(model.generate, **arguments) for model in models], rounds=rounds, description=description)
-    base, *blocks = _fitted(plans, seconds)
+    base, *blocks = fitted(plans, seconds)
     latency = Latency(base, dict(zip(SIDES, blocks, strict=True)), told["hardware"], made["request"])
     if file is not None:
         entry = {
@@ -96,7 +96,7 @@ def timed_plans(bank: ModularT5ForConditionalGeneration) -> list[AssemblyPlan]:
     return [AssemblyPlan(encoder, decoder) for encoder, decoder in pairs]
 
 
-def _fitted(plans: list[AssemblyPlan], seconds: list[float]) -> list[float]:
+def fitted(plans: list[AssemblyPlan], seconds: list[float]) -> list[float]:
     """Milliseconds of the rest, of an encoder block and of a decoder block, none below zero; least squares of relative errors."""
     measured = 1000 * torch.tensor(seconds, dtype=torch.float64)
     counts = torch.tensor([[1, *plan.depths] for plan in plans], dtype=torch.float64)

@@ -8,7 +8,7 @@ from conftest import make_bank
 
 from modular_t5 import AssemblyPlan
 from modular_t5.assembly_modular_t5 import tilings
-from modular_t5.latency import _fitted, measure_latency
+from modular_t5.latency import fitted, measure_latency
 
 
 BROKEN = '[{"base_ms": "x", "block_ms": {"encoder": 1, "decoder": 1}, "hardware": "y", "request": {}}]'
@@ -54,7 +54,7 @@ def test_a_few_plans_predict_all(name, timed):
 def test_blocks_never_cost_less_than_nothing_and_the_rest_still_fits(base, encoder, decoder):
     plans = [AssemblyPlan.parse(plan) for plan in ("1x6/1x6", "1x6/6x1", "6x1/1x6", "6x1/6x1", "2x3/2x3")]
     seconds = [(base + encoder * plan.depths[0] + decoder * plan.depths[1]) / 1000 for plan in plans]
-    parts = _fitted(plans, seconds)
+    parts = fitted(plans, seconds)
     assert min(parts) >= 0
     errors = [(parts[0] + parts[1] * p.depths[0] + parts[2] * p.depths[1]) / (1000 * s) - 1 for p, s in zip(plans, seconds, strict=True)]
     largest = max(map(abs, errors))

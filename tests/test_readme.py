@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -97,6 +98,21 @@ def test_the_calls_of_the_table_of_sizes_work():
     for call in calls:
         code = call.replace("...", "'size-first', 2")
         exec(code + " pass" if code.startswith("with") else code, {"bank": bank, "plan": "2x6/2x6"})
+
+
+def result_of(pattern):
+    """The result file that the README links by this name."""
+    (name,) = set(re.findall(rf"\(benchmarks/results/([\d-]*{pattern}\.json)\)", README))
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
+
+
+def test_the_tables_of_choices_and_engines_are_those_of_the_files():
+    pytest.importorskip("ctranslate2", reason="pip install ctranslate2")
+    choosing, exports = (runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py")) for name in ("choosing", "exports"))
+    assert choosing["quality_table"](result_of("choosing")) in README
+    assert choosing["latency_table"](result_of("choosing")["latency"]) in BENCHMARKS
+    for name in ("exports", "exports-base"):
+        assert exports["summary"](result_of(name)["rows"]) in README
 
 
 def test_ci_runs_the_readmes_test_command():
