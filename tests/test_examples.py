@@ -116,7 +116,7 @@ def test_a_bank_is_trained_to_say_what_the_teacher_says(tmp_path, pico_translati
         trained.append(train)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "evaluate", lambda *_: {})
+    monkeypatch.setattr(module, "scores_of", lambda *_: {})
     monkeypatch.setattr(module, "train_bank", train_bank)
     monkeypatch.setattr(module, "generate_texts", lambda model, tokenizer, sources, num_beams, **_: texts if num_beams == 4 else None)
     files = [word for name in SPLITS for word in (f"--{name}_file", str(pico_translation / "train.jsonl"))]
