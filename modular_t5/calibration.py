@@ -92,8 +92,9 @@ def divergences(
     Raises:
         ValueError: as of `calibrate`, or a plan that the bank cannot run.
     """
+    shape = bank.shape
     for plan in plans:
-        bank.shape.check(plan)
+        shape.check(plan)
     found = _measured(bank, _batches(bank, dataset, processing_class, batch_size), plans, description)
     return {plan: score.whole for plan, score in found.items()}
 

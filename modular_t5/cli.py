@@ -93,7 +93,7 @@ def info(args: argparse.Namespace) -> Outcome:
 def plan(args: argparse.Namespace) -> Outcome:
     """What sizes cost, and which files they need; without a strategy, of a spread of sizes."""
     saved = SavedBank(args.bank, **_hub_arguments(args))
-    budget = _budget(args, saved)
+    budget = _budget(args)
     if args.strategy is None:
         if args.ratio is not None or budget:
             raise ValueError("a budget goes with a strategy, which says what to prefer within it")
@@ -115,7 +115,7 @@ def assemble(args: argparse.Namespace) -> Outcome:
         raise ValueError("--output is the folder to write, not an empty name")
     if (output / CONFIG_NAME).exists() and _is_bank(output):
         raise ValueError(f"{output} holds a bank, which would be overwritten; choose another folder")
-    budget = _budget(args, SavedBank(args.bank, teacher=args.teacher, **arguments))
+    budget = _budget(args)
     model = ModularT5ForConditionalGeneration.assemble_from_pretrained(
         args.bank, args.strategy, args.ratio, dtype=args.dtype, teacher=args.teacher, **budget, **arguments
     )
@@ -245,15 +245,15 @@ def _loaded(args: argparse.Namespace, dtype: str | None = None) -> ModularT5ForC
     return bank.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def _budget(args: argparse.Namespace, saved: SavedBank) -> dict[str, Any]:
+def _budget(args: argparse.Namespace) -> dict[str, Any]:
     """The budget that was given; for those of speed, with the latency of this machine, measured if a strategy can choose by it."""
     budget = {name: getattr(args, name) for name in LIMITS if name != "ratio" and getattr(args, name) is not None}
-    if args.strategy in STRATEGIES:
-        the_one_budget({"ratio": args.ratio, **budget}, LIMITS)
-        saved.shape.plans(args.strategy)
     if args.strategy in STRATEGIES and budget.keys() & {"min_speedup", "max_latency_ms"}:
+        the_one_budget({"ratio": args.ratio, **budget}, LIMITS)
+        bank = _loaded(args, dtype=args.dtype)
+        bank.shape.plans(args.strategy)  # what has none is refused before anything is timed
         request = {name: getattr(args, name) for name in ("batch_size", "source_length", "target_length", "num_beams")}
-        budget["latency"] = measure_latency(_loaded(args, dtype=args.dtype), **request, file=args.latency_file, description="Timing")
+        budget["latency"] = measure_latency(bank, **request, file=args.latency_file, description="Timing")
     return budget
 
 

@@ -201,13 +201,17 @@ class Frontier:
         """Every figure of every size, flat: what `pandas.DataFrame` takes. None stands for what is not a number."""
         rows = []
         for point in self.points:
-            kept = None if math.isnan(self.kept(point)) else self.kept(point)
             row = asdict(point) | {"encoder_layers": point.depths[0], "decoder_layers": point.depths[1]}
             del row["depths"], row["scores"], row["untrained_scores"]
             row |= point.scores | {f"untrained {metric}": score for metric, score in point.untrained_scores.items()}
-            row |= {"kept_percent": kept, "ms_per_token": point.ms_per_token, "speedup": self.speedup(point)}
+            row |= {"ms_per_token": point.ms_per_token, **self._relative(point)}
             rows.append(row | {"pareto": " ".join(self.optimal(point))})
         return rows
+
+    def _relative(self, point: FrontierPoint) -> dict[str, float | None]:
+        """What is relative to the teacher; JSON has no NaN."""
+        kept = self.kept(point)
+        return {"kept_percent": None if math.isnan(kept) else kept, "speedup": self.speedup(point)}
 
     def to_csv(self, path: str | os.PathLike) -> None:
         """The same as a file of comma-separated values."""
@@ -220,10 +224,7 @@ class Frontier:
 
     def save(self, path: str | os.PathLike, **provenance: Any) -> None:
         """Write every figure, and where it comes from, as JSON, with more of `provenance` if there is."""
-        points = []
-        for point in self.points:
-            kept = None if math.isnan(self.kept(point)) else self.kept(point)  # JSON has no NaN
-            points.append({**asdict(point), "kept_percent": kept, "speedup": self.speedup(point)})
+        points = [{**asdict(point), **self._relative(point)} for point in self.points]
         write_json(path, {**self.provenance, **provenance, "metric": self.metric, "points": points})
 
     def plot(self, path: str | os.PathLike, title: str = "", **budget: float) -> None:
