@@ -19,8 +19,8 @@ from tqdm import tqdm
 from transformers import T5Config, T5ForConditionalGeneration
 
 from modular_t5 import ModularT5Config, ModularT5ForConditionalGeneration
-from modular_t5.frontier import markdown_table
 from modular_t5.measuring import environment, measure_speed, median_seconds
+from modular_t5.presenting import markdown_table
 
 
 # T5-base

@@ -26,8 +26,8 @@ from assembling import SHAPE, SIZES
 from transformers import T5ForConditionalGeneration
 
 from modular_t5 import ModularT5Config, ModularT5ForConditionalGeneration
-from modular_t5.frontier import markdown_table
 from modular_t5.measuring import environment, median_seconds
+from modular_t5.presenting import markdown_table
 
 
 GOALS = {"memory": 1.1, "bytes": 1.02, "time": 1.2}

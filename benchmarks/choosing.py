@@ -23,10 +23,10 @@ from modular_t5 import AssemblyPlan, Latency, ModularT5ForConditionalGeneration,
 from modular_t5.assembly_modular_t5 import SIDES, tilings
 from modular_t5.calibration import divergences
 from modular_t5.choosing_modular_t5 import STRATEGIES
-from modular_t5.frontier import markdown_table
 from modular_t5.latency import fitted, timed_plans
 from modular_t5.measuring import environment, generate_texts, median_seconds, write_json
 from modular_t5.pairs import Pairs, scores_of, signatures
+from modular_t5.presenting import markdown_table
 
 
 RATIOS = (1.2, 1.4, 1.6, 1.8, 2.0, 2.25, 2.5, 3.0, 3.5, 4.0)

@@ -23,8 +23,8 @@ from training_step import PAPER, SHAPES, WHOLE_TRAINING, random_batches
 from transformers import T5Config, T5ForConditionalGeneration
 
 from modular_t5 import ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
-from modular_t5.frontier import markdown_table
 from modular_t5.measuring import environment
+from modular_t5.presenting import markdown_table
 
 
 class SendingEverything(ModularTrainer):

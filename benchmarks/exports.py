@@ -23,9 +23,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5For
 
 from modular_t5 import ModularT5ForConditionalGeneration
 from modular_t5.exports import to_ctranslate2
-from modular_t5.frontier import markdown_table
 from modular_t5.measuring import environment, median_seconds, write_json
 from modular_t5.pairs import Pairs, scores_of, signatures
+from modular_t5.presenting import markdown_table
 
 
 SHAPES = {"t5-base": {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_heads": 12, "num_layers": 12, "vocab_size": 32128}}

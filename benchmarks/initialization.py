@@ -22,8 +22,9 @@ import quickstart
 
 from modular_t5 import ModularT5ForConditionalGeneration
 from modular_t5.configuration_modular_t5 import INITIALIZATIONS
-from modular_t5.frontier import markdown_table, standard_sizes
+from modular_t5.frontier import standard_sizes
 from modular_t5.measuring import environment
+from modular_t5.presenting import markdown_table
 
 
 def main() -> None:

@@ -49,9 +49,9 @@ from transformers import (
 from modular_t5 import AssemblyPlan, ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
 from modular_t5.baselines import DistillationTrainer
 from modular_t5.comparison_methods import ABLATIONS
-from modular_t5.frontier import markdown_table
 from modular_t5.lessons import Lesson
 from modular_t5.measuring import environment
+from modular_t5.presenting import markdown_table
 from modular_t5.training_args import DistillationArguments
 
 

@@ -46,9 +46,10 @@ from modular_t5 import (
     assembled_card,
     bank_card,
 )
-from modular_t5.frontier import PICTURE_FILE, RESULTS_FILE, measure_frontier, plot_curves, standard_sizes
+from modular_t5.frontier import PICTURE_FILE, RESULTS_FILE, measure_frontier, standard_sizes
 from modular_t5.measuring import generate_texts
 from modular_t5.pairs import Pairs, scores_of
+from modular_t5.presenting import plot_curves
 
 
 NEXT = """

@@ -50,7 +50,7 @@ from transformers import AutoTokenizer, EvalPrediction, HfArgumentParser, PreTra
 from transformers.trainer_utils import get_last_checkpoint
 
 from modular_t5 import ModularT5ForConditionalGeneration, ModularTrainer, ModularTrainingArguments
-from modular_t5.frontier import markdown_table
+from modular_t5.presenting import markdown_table
 
 
 FILE_TYPES = (".json", ".jsonl", ".csv")

@@ -203,11 +203,11 @@ class BankShape:
             speed = (self.latency.of(plan), self.latency.of(self.teacher) / self.latency.of(plan))
         return PlanReport(plan, teacher_layers / layers, teacher_total / total, layers, total, size, *speed)
 
-    def choose(self, strategy: str, ratio: float | None = None, **budgets: Any) -> AssemblyPlan:
-        """The first plan of a strategy that meets a budget: a layer ratio (teacher's layer parameters / its own), or one of `Budgets`.
+    def choices(self, strategy: str, ratio: float | None = None, **budgets: Any) -> list[PlanReport]:
+        """The plans of a strategy within a budget: a layer ratio (teacher's layer parameters / its own), or one of `Budgets`.
 
-        Raises `ValueError` for an unknown strategy, for none or several budgets, for a bound that is not a number in its range, and for
-        one that no plan of the strategy meets; the message names the nearest plan.
+        The preferred ones come first. Raises `ValueError` for an unknown strategy, for none or several budgets, for a bound that is
+        not a number in its range, and for one that no plan of the strategy meets; the message names the nearest plan.
         """
         plans = self.plans(strategy)
         name, bound = the_one_budget({"ratio": ratio, **budgets}, LIMITS)
@@ -216,7 +216,16 @@ class BankShape:
             raise ValueError(f"ratio must be a number from 1 (the teacher) to {largest:.12g} ({self.smallest}), got {bound!r}")
         if name in ("min_speedup", "max_latency_ms") and self.latency is None:
             raise ValueError(f"{name} needs latency=, what measure_latency(bank, ...) returned for your machine, batch and lengths")
-        return LIMITS[name].within([self.report(plan) for plan in plans], name, bound)[0].plan
+        return LIMITS[name].within([self.report(plan) for plan in plans], name, bound)
+
+    def choose(self, strategy: str, ratio: float | None = None, **budgets: Any) -> AssemblyPlan:
+        """The first of `choices`."""
+        return self.choices(strategy, ratio, **budgets)[0].plan
+
+    @property
+    def strategies(self) -> list[str]:
+        """By name, those that can choose a plan of this bank."""
+        return [name for name, strategy in STRATEGIES.items() if strategy.applies(self)]
 
 
 def the_one_budget(given: Mapping[str, Any], known: Iterable[str]) -> tuple[str, float]:
@@ -292,35 +301,44 @@ def _best_of_depths(shape: BankShape, side: str, scores: Mapping[int, Sequence[f
 
 
 class Strategy(NamedTuple):
-    """A bank's plans, the preferred ones first, and what it prefers in a line."""
+    """A bank's plans, the preferred ones first, what it prefers in a line, and whether it can choose of a bank."""
 
     plans: Callable[[BankShape], Iterator[AssemblyPlan]]
     description: str
+    applies: Callable[[BankShape], bool] = lambda shape: True
 
 
 STRATEGIES: dict[str, Strategy] = {
     "size-first": Strategy(_size_first, "shrinks both sides in turn, decoder first: the most quality for a size"),
     "speed-first": Strategy(_speed_first, "shrinks the decoder to its end, then the encoder: the decoder runs once a token"),
-    "calibrated": Strategy(_calibrated, "the least loss that is foreseen, by scores of this bank's modules"),
+    "calibrated": Strategy(
+        _calibrated, "the least loss that is foreseen, by scores of this bank's modules", lambda shape: shape.calibration is not None
+    ),
 }
 
 
 def resolve_plan(shape: BankShape, strategy: PlanLike, ratio: float | None = None, **budgets: Unpack[Budgets]) -> PlanReport:
-    """A strategy's name with a budget, or a plan without one: a plan that the bank of this shape can run, and what it costs.
+    """The first of `resolve_plans`, which see."""
+    return resolve_plans(shape, strategy, ratio, **budgets)[0]
 
-    Raises `ValueError` if neither fits; the message holds the choices.
+
+def resolve_plans(shape: BankShape, strategy: PlanLike, ratio: float | None = None, **budgets: Unpack[Budgets]) -> list[PlanReport]:
+    """A strategy's name with a budget, or a plan without one: plans that the bank of this shape can run, and what each costs.
+
+    Of a strategy these are all within the budget, the preferred ones first. Raises `ValueError` if neither fits; the message
+    holds the choices.
     """
     latency = budgets.pop("latency", None)
     if not isinstance(latency, Latency | None):
         raise ValueError(f"latency is what measure_latency returns, got {latency!r}")
     shape = replace(shape, latency=latency or shape.latency)
     if isinstance(strategy, str) and "/" not in strategy:
-        return shape.report(shape.choose(strategy, ratio, **budgets))
+        return shape.choices(strategy, ratio, **budgets)
     if unknown := sorted(set(budgets) - set(LIMITS)):
         raise ValueError(f"there is no argument or budget {unknown[0]!r}; the budgets are {', '.join(LIMITS)}")
     if given := [f"{name}={bound!r}" for name, bound in {"ratio": ratio, **budgets}.items() if bound is not None]:
         raise ValueError(f"{given[0]} goes with a strategy ({', '.join(STRATEGIES)}); the plan {strategy} already fixes the size")
-    return shape.report(AssemblyPlan.from_any(strategy))
+    return [shape.report(AssemblyPlan.from_any(strategy))]
 
 
 def assembly_record(report: PlanReport, strategy: PlanLike, ratio: float | None = None, **budget: Unpack[Budgets]) -> dict[str, Any]:

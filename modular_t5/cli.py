@@ -19,11 +19,11 @@ from transformers.utils import CONFIG_NAME
 
 from .assembly_modular_t5 import SIDES, canonical_tilings
 from .calibration import calibrate
-from .choosing_modular_t5 import LIMITS, STRATEGIES, PlanReport, resolve_plan, the_one_budget
+from .choosing_modular_t5 import LIMITS, STRATEGIES, PlanReport, resolve_plans, the_one_budget
 from .comparison import Comparison, ComparisonArguments
 from .comparison_results import tables
 from .configuration_modular_t5 import ModularT5Config
-from .frontier import BUDGETS, PICTURE_FILE, RESULTS_FILE, markdown_table, measure_frontier, standard_sizes
+from .frontier import BUDGETS, PICTURE_FILE, RESULTS_FILE, measure_frontier, standard_sizes
 from .latency import measure_latency
 from .layout_modular_t5 import parameter_map
 from .loading_modular_t5 import SavedBank, torch_dtype
@@ -31,6 +31,7 @@ from .measuring import write_json
 from .model_card import assembled_card, bank_card, counts_table, measured_in
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .pairs import Pairs
+from .presenting import markdown_table
 from .rebuilding import rebuild
 from .storage_modular_t5 import upload
 
@@ -100,12 +101,17 @@ def plan(args: argparse.Namespace) -> Outcome:
         shape = saved.shape_in(torch_dtype(args.dtype))
         reports = {name: shape.report(each) for name, each in standard_sizes(shape).items()}
         return {"sizes": [{"name": name, **_counts(report)} for name, report in reports.items()]}, counts_table(reports), 0
-    report = resolve_plan(saved.shape_in(torch_dtype(args.dtype)), args.strategy, args.ratio, **budget)
+    if args.count < 1:
+        raise ValueError(f"--count must be at least 1, got {args.count}")
+    reports = resolve_plans(saved.shape_in(torch_dtype(args.dtype)), args.strategy, args.ratio, **budget)[: args.count]
+    report = reports[0]
     names = {name for name in parameter_map(saved.one_layer, report.plan, saved.config).values() if name in saved.stored}
     files = sorted({saved.stored.shard_names[name] for name in names})
     asked = [f"{args.ratio:g}x"] if args.ratio is not None else [f"{name}={bound:g}" for name, bound in budget.items() if name in LIMITS]
-    table = counts_table({" ".join([args.strategy, *asked]): report})
-    return {**_counts(report), "files": files}, f"{table}\n{_foreseen_speed(report, budget)}\nfiles: {', '.join(files)}", 0
+    name = " ".join([args.strategy, *asked])
+    table = counts_table({name if each is report else f"next {place}": each for place, each in enumerate(reports)})
+    result = {**_counts(report), "files": files, "next": [_counts(each) for each in reports[1:]]}
+    return result, f"{table}\n{_foreseen_speed(report, budget)}\nfiles: {', '.join(files)}", 0
 
 
 def assemble(args: argparse.Namespace) -> Outcome:
@@ -341,6 +347,7 @@ def _parser() -> argparse.ArgumentParser:
     added = command("plan", plan, "org/modular-t5-base speed-first 1.9")
     added.add_argument("bank", **bank)
     add_size(added, optional=True)
+    added.add_argument("--count", type=int, default=1, help="with a strategy: so many that it prefers within the budget; 1 by default")
     added = command("assemble", assemble, "org/modular-t5-base 1x12/4x3 --output fast")
     added.add_argument("bank", **bank)
     add_size(added, optional=False)

@@ -27,9 +27,9 @@ from .assembly_modular_t5 import SIDES, AssemblyPlan
 from .choosing_modular_t5 import BankShape
 from .comparison_methods import ABLATIONS, METHODS, ROWS, Run, Spent, Workshop, arguments_of, folder_name
 from .comparison_results import plot, scored, tables
-from .frontier import figure_class
 from .measuring import environment, generate_texts, measure_speed, write_json
 from .pairs import Pairs, sacrebleu
+from .presenting import figure_class
 from .training_args import ModularTrainingArguments
 
 

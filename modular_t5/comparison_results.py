@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from .frontier import markdown_table, picture
 from .pairs import scores_of, signatures
+from .presenting import markdown_table, picture
 from .significance import BleuSamples
 
 

@@ -18,6 +18,7 @@ from .choosing_modular_t5 import LIMITS, STRATEGIES, BankShape, Limit, PlanRepor
 from .measuring import environment, evaluating, generate_texts, measure_speed, write_json
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .pairs import Pairs, scores_of, signatures
+from .presenting import markdown_table, picture
 from .storage_modular_t5 import fingerprint
 
 
@@ -35,8 +36,8 @@ STANDARD_RATIOS = {
 def standard_sizes(shape: BankShape) -> dict[str, AssemblyPlan]:
     """By name, the teacher and every distinct plan of `STANDARD_RATIOS` that a bank reaches."""
     plans = {"teacher": shape.teacher}
-    for strategy, ratios in STANDARD_RATIOS.items():
-        for ratio in ratios if strategy != "calibrated" or shape.calibration is not None else ():
+    for strategy in shape.strategies:
+        for ratio in STANDARD_RATIOS[strategy]:
             if ratio <= shape.largest_ratio and (plan := shape.choose(strategy, ratio)) not in plans.values():
                 plans[f"{strategy} {ratio:g}x"] = plan
     return plans
@@ -425,63 +426,3 @@ class _Begun:
     def forget(self) -> None:
         if self._path is not None:
             self._path.unlink(missing_ok=True)
-
-
-def plot_curves(
-    log_history: Sequence[Mapping[str, float]], names: Mapping[str, str], path: str | os.PathLike, title: str = "", ylabel: str = "loss"
-) -> None:
-    """What a training logged, by step, a line a name.
-
-    Args:
-        log_history: a Trainer's `state.log_history`.
-        names: what is logged (`"eval_2x3/2x3_loss"`) -> what to call it.
-
-    Raises:
-        ValueError: nothing of it was logged.
-        ImportError: matplotlib is not installed.
-    """
-    figure, axes = picture("plot_curves")
-    # matplotlib has ten colours; from the eleventh line on, the marks are others.
-    for index, (name, label) in enumerate(names.items()):
-        logged = [(entry["step"], entry[name]) for entry in log_history if name in entry]
-        if not logged:
-            raise ValueError(f"there is no {name} in the log; it has {', '.join(sorted({key for entry in log_history for key in entry}))}")
-        axes.plot(*zip(*logged, strict=True), "o-" if index < 10 else "x--", markersize=3, color=f"C{index % 10}", label=label)
-    axes.set_xlabel("step")
-    axes.set_ylabel(ylabel)
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    figure.legend(fontsize=8, loc="outside right upper")
-    figure.savefig(path)
-
-
-def figure_class(of: str) -> type:
-    """Matplotlib's, which only pictures need.
-
-    Raises:
-        ImportError: it is not installed; the message says that `of` needs it.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"{of} needs matplotlib: pip install matplotlib") from error
-    return Figure
-
-
-def picture(of: str) -> tuple[Any, Any]:
-    """A figure and its axes, of the size of a card; an `ImportError` as of `figure_class`."""
-    figure = figure_class(of)(figsize=(8, 4.5), dpi=150, layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table whose columns line up; the first `left` columns are aligned to the left, the rest to the right."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        padded = (cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        return "| " + " | ".join(padded) + " |"
-
-    rule = "|" + "|".join("-" * (width + 2) if i < left else "-" * (width + 1) + ":" for i, width in enumerate(widths)) + "|"
-    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .assembly_modular_t5 import SIDES, AssemblyPlan
+from .assembly_modular_t5 import SIDES, AssemblyPlan, is_integer
 from .choosing_modular_t5 import Latency, is_number
 from .measuring import environment, median_seconds, write_json
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
@@ -46,7 +46,7 @@ def measure_latency(
     """
     request = {"batch_size": batch_size, "source_length": source_length, "target_length": target_length, "num_beams": num_beams}
     for name, value in {**request, "rounds": rounds}.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_integer(value) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
     told = environment()
     config = bank.config

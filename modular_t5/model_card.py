@@ -15,8 +15,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 from .assembly_modular_t5 import SIDES, AssemblyPlan
 from .choosing_modular_t5 import BankShape, PlanReport
 from .configuration_modular_t5 import ModularT5Config
-from .frontier import PICTURE_FILE, RESULTS_FILE, Frontier, FrontierPoint, markdown_table, standard_sizes
+from .frontier import PICTURE_FILE, RESULTS_FILE, Frontier, FrontierPoint, standard_sizes
 from .loading_modular_t5 import hub_teacher
+from .presenting import markdown_table
 
 
 # In a clone they lie beside the package, installed in it.

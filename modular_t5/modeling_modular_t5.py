@@ -22,8 +22,8 @@ from transformers import GenerationConfig, MT5ForConditionalGeneration, PreTrain
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.t5.modeling_t5 import T5Block, T5Stack
 
-from .assembly_modular_t5 import SIDES, AssemblyPlan, PlanLike
-from .choosing_modular_t5 import BankShape, Budgets, PlanReport, assembly_record, resolve_plan
+from .assembly_modular_t5 import SIDES, AssemblyPlan, PlanLike, is_integer
+from .choosing_modular_t5 import BankShape, Budgets, PlanReport, assembly_record, resolve_plan, resolve_plans
 from .configuration_modular_t5 import INITIALIZATIONS, ModularT5Config, stock_config, t5_fields
 from .layout_modular_t5 import (
     initial_name,
@@ -448,6 +448,24 @@ class ModularT5ForConditionalGeneration(OwnPartsMixin, T5ForConditionalGeneratio
     def choose_plan(self, strategy: PlanLike, ratio: float | None = None, **budget: Unpack[Budgets]) -> AssemblyPlan:
         """The plan that `assemble` would write out for the same arguments."""
         return self.report(strategy, ratio, **budget).plan
+
+    def choose_plans(
+        self,
+        strategy: PlanLike,
+        ratio: float | None = None,
+        *,
+        count: int = 5,
+        dtype: torch.dtype | str | None = None,
+        **budget: Unpack[Budgets],
+    ) -> list[AssemblyPlan]:
+        """The `count` plans that a strategy prefers within a budget, given as in `assemble`, which would write out the first of them.
+
+        `measure_frontier` tells which of them generates best. There are fewer where the strategy has no more within the budget.
+        """
+        if not is_integer(count) or count < 1:
+            raise ValueError(f"count must be a positive integer, got {count!r}")
+        shape = self._shape_in(torch_dtype(dtype) or self.dtype)
+        return [report.plan for report in resolve_plans(shape, strategy, ratio, **budget)[:count]]
 
     def report(
         self, strategy: PlanLike, ratio: float | None = None, *, dtype: torch.dtype | str | None = None, **budget: Unpack[Budgets]

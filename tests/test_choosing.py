@@ -8,7 +8,7 @@ import pytest
 
 from modular_t5 import AssemblyPlan, BankShape, Latency
 from modular_t5.assembly_modular_t5 import SIDES, tilings
-from modular_t5.choosing_modular_t5 import LIMITS, Scores, assembly_record, resolve_plan
+from modular_t5.choosing_modular_t5 import LIMITS, Scores, assembly_record, resolve_plan, resolve_plans
 
 
 GRANULARITIES = (2, 3, 4, 6)
@@ -252,6 +252,14 @@ def test_of_what_was_measured_as_a_whole_is_chosen_alone():
     measured = replace(bank, calibration=scores.to_dict())
     assert Scores.of(scores.to_dict()) == scores
     assert measured.plans("calibrated") == [odd, T5_BASE.teacher, first]
+
+
+def test_of_plans_within_a_budget_the_preferred_come_first():
+    bank = scored(T5_BASE, 0)
+    foreseen = [Scores.of(bank.calibration).foreseen(report.plan) for report in resolve_plans(bank, "calibrated", 3)]
+    assert foreseen == sorted(foreseen)
+    assert bank.choose("calibrated", 3) == resolve_plans(bank, "calibrated", 3)[0].plan
+    assert [report.plan for report in resolve_plans(T5_BASE, "2x6/2x6")] == [AssemblyPlan.parse("2x6/2x6")]
 
 
 def test_calibrated_needs_scores():

@@ -56,6 +56,8 @@ def test_plan(run, bank):
     assert (told["plan"], told["total_parameters"], told["bytes"]) == (str(report.plan), report.total_parameters, report.bytes)
     assert told["files"] == ["model-common.safetensors", "model-decoder-modules-2.safetensors", "model-encoder-original.safetensors"]
     assert "files: model-common.safetensors, model-decoder-modules-3" in run("plan", bank, "2x3/3x2")[1]
+    told = json.loads(run("plan", bank, "size-first", 2, "--count", 3, "--json")[1])
+    assert [told["plan"], *(each["plan"] for each in told["next"])] == list(map(str, loaded.choose_plans("size-first", 2, count=3)))
     assert len(json.loads(run("plan", bank, "--json")[1])["sizes"]) > 5
 
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from transformers import AutoTokenizer
 
 from modular_t5 import AssemblyPlan, ModularT5ForConditionalGeneration
-from modular_t5.frontier import Frontier, FrontierPoint, markdown_table, measure_frontier, plot_curves, standard_sizes
+from modular_t5.frontier import Frontier, FrontierPoint, measure_frontier, standard_sizes
 from modular_t5.measuring import environment, generate_texts
 from modular_t5.pairs import Pairs
 
@@ -52,10 +52,6 @@ def test_the_table_has_a_row_a_size():
     assert "| size-first 2x " in lines[3]
     assert "95.0 %" in lines[3]
     assert "1.80x" in lines[3]
-
-
-def test_a_markdown_table_lines_up():
-    assert markdown_table(["a", "bb"], [["long", "1"]]) == "| a    | bb |\n|------|---:|\n| long |  1 |"
 
 
 def test_saved_results_hold_figures_and_provenance(tmp_path):
@@ -199,6 +195,14 @@ def test_every_plan_is_scored_in_place_as_it_would_be_assembled(bank, tokenizer)
     assert "untrained" not in frontier.table()
 
 
+def test_the_top_few_of_a_strategy_are_told_apart_by_generating(bank, tokenizer):
+    plans = bank.choose_plans("size-first", 2, count=3)
+    assert plans[0] == bank.choose_plan("size-first", 2)
+    assert [bank.report(plan).layer_ratio >= 2 for plan in plans] == [True] * 3
+    best = measured(bank, tokenizer, plans=plans).best(ratio=2)
+    assert best.plan in map(str, plans)
+
+
 def test_without_plans_it_is_the_standard_sizes_and_the_calibrated_ones(bank, tokenizer):
     standard = standard_sizes(bank.shape)
     assert {p.name: p.plan for p in measured(bank, tokenizer).points} == {name: str(plan) for name, plan in standard.items()}
@@ -282,14 +286,6 @@ def test_what_cannot_be_measured_is_refused(changes, message, bank, tokenizer):
         measured(bank, tokenizer, **changes)
     with pytest.raises(ValueError, match="needs pairs of texts"):
         measure_frontier(bank, Pairs([], []), tokenizer)
-
-
-def test_curves(tmp_path):
-    log = [{"step": step, "eval_2x3/2x3_loss": 1 / step} for step in (1, 2, 3)] + [{"step": 3, "train_loss": 0.5}]
-    plot_curves(log, {"eval_2x3/2x3_loss": "2x3/2x3"}, tmp_path / "curves.png", title="A title")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="there is no eval_3x2/3x2_loss in the log; it has eval_2x3/2x3_loss, step, train_loss"):
-        plot_curves(log, {"eval_3x2/3x2_loss": "3x2/3x2"}, tmp_path / "curves.png")
 
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):

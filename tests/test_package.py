@@ -38,6 +38,7 @@ ROOMS = [
     "measuring",
     "latency",
     "calibration",
+    "presenting",
     "frontier",
     "model_card",
     "trainer",

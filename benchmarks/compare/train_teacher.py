@@ -35,9 +35,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from modular_t5.baselines import DistillationTrainer, set_dropout
-from modular_t5.frontier import markdown_table
 from modular_t5.measuring import environment, generate_texts
 from modular_t5.pairs import Pairs, scores_of, signatures
+from modular_t5.presenting import markdown_table
 from modular_t5.training_args import DistillationArguments
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import transformers
 
 from modular_t5.comparison import TEACHER_FILES, Comparison, ComparisonArguments
-from modular_t5.frontier import markdown_table
 from modular_t5.measuring import environment, write_json
 from modular_t5.pairs import scores_of
+from modular_t5.presenting import markdown_table
 
 
 def main() -> None:
