@@ -1,5 +1,6 @@
 """The pico models that all tests share, their seeds, the Hub that they ask, and the `--slow` switch."""
 
+import gc
 import json
 import os
 
@@ -53,6 +54,11 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure():
     torch.set_num_threads(1)  # a second thread costs pico models more than it brings
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # in processes that tests start, too
+
+
+def pytest_collection_finish():
+    gc.freeze()  # a Trainer collects garbage at its end, and looking through all that was imported took a fifth of the tests' time
 
 
 @pytest.fixture(autouse=True)

@@ -207,6 +207,7 @@ def run(folder, *arguments):
     return subprocess.Popen([sys.executable, str(script), str(folder), *arguments], stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_bit_for_bit(tmp_path):
     """SIGKILL at a random step, then in the middle of writing a checkpoint."""
     step = random.Random().randint(4, 11)  # anew each time: any step must do

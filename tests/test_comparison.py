@@ -69,6 +69,7 @@ def test_who_is_ahead_is_told_as_a_mean_and_for_each_seed():
     assert re.search(r"\| ours +\| +\+0.00 \(\+0.00 to \+0.00\) \|", ahead_table(results))
 
 
+@pytest.mark.slow
 def test_the_whole_comparison(given, tmp_path, capsys):
     methods = [*METHODS, *ABLATIONS]
     file = str(tmp_path / "arguments.json")
@@ -133,7 +134,9 @@ def test_what_is_done_is_not_done_again(given, monkeypatch):
     assert len(results["rows"]["modular"]["scores"]["2x3/2x3"]["greedy"]["BLEU_of_seeds"]) == 2
 
 
-@pytest.mark.parametrize("method", ["distillation", "BERT-of-Theseus", "LayerDrop", "modular"])
+@pytest.mark.parametrize(
+    "method", ["distillation", "modular", *(pytest.param(name, marks=pytest.mark.slow) for name in ("BERT-of-Theseus", "LayerDrop"))]
+)
 def test_a_run_that_was_killed_goes_on_to_what_it_would_have_been(method, given, monkeypatch):
     changes = {"max_steps": 10, "methods": [method]}
     unharmed = comparison(given, **changes, output_dir=given["output_dir"] + "-unharmed")

@@ -53,6 +53,7 @@ def test_every_process_ran_the_same_plans_and_has_the_same_weights(two):
     assert first["weights"] == second["weights"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_their_batches_together(tmp_path):
     """But for dropout, which differs by process, and the encoder's states, of which a batch counts by its target tokens."""
     # Wide enough for several buckets, of which a step leaves some out.

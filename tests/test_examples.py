@@ -72,7 +72,8 @@ def test_the_built_in_task_is_reproducible_disjoint_and_readable():
 SPLITS = ("train", "validation", "test")
 
 
-@pytest.mark.parametrize("given_as", ["files", pytest.param("dataset", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("given_as", ["files", "dataset"])
 def test_on_a_teacher_and_data_of_ones_own(given_as, tmp_path, pico_tokenizer, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(pico_tokenizer)
     tokenizer.save_pretrained(tmp_path / "teacher")

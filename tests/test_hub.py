@@ -247,6 +247,7 @@ def test_a_tampered_shard_on_the_hub(hub, repo, tmp_path):
             way(repo)
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_cache_at_once(hub, repo, tmp_path):
     bank = make_bank()
     bank.push_to_hub(repo)

@@ -105,6 +105,7 @@ def test_the_page_answers_in_a_browser(page, tmp_path):
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_without_measured_sizes_it_says_what_to_do(tmp_path):
     pytest.importorskip("gradio", reason="pip install gradio")
     command = [sys.executable, str(ROOT / "examples" / "serve_budgets.py"), "--bank", str(tmp_path)]

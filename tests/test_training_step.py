@@ -5,10 +5,13 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
+
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "training_step.py"
 
 
+@pytest.mark.slow
 def test_what_a_step_saves(pico_translation, monkeypatch):
     monkeypatch.chdir(pico_translation)
     given = {"shapes": "multi30k", "teacher": "teacher", "train_file": "train.jsonl", "output": "result.json"}
