@@ -45,6 +45,7 @@ from modular_t5 import (
     ModularTrainingArguments,
     assembled_card,
     bank_card,
+    calibrate,
 )
 from modular_t5.frontier import PICTURE_FILE, RESULTS_FILE, measure_frontier, standard_sizes
 from modular_t5.measuring import generate_texts
@@ -66,10 +67,12 @@ What to type next:
 
 and in a shell:
 
-    modular-t5 plan {out}/bank speed-first 1.4
+    modular-t5 plan {out}/bank calibrated 1.4
     modular-t5 rebuild {out}/assembled
     modular-t5 push {out}/bank {name}
 """
+
+CALIBRATION_EXAMPLES = 300  # of the validation split
 
 
 @dataclass
@@ -78,7 +81,9 @@ class QuickstartArguments:
 
     teacher: str | None = field(default=None, metadata={"help": "Folder or Hub id of a fine-tuned T5."})
     train_file: str | None = field(default=None, metadata={"help": "JSON-lines in the Hub's translation format."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same, for the loss by plan after training."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "The same, for the loss by plan after training, and to calibrate on."}
+    )
     test_file: str | None = field(default=None, metadata={"help": "The same, for the table."})
     dataset_name: str | None = field(default=None, metadata={"help": "A dataset of the Hub instead of the files."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
@@ -140,32 +145,36 @@ def main() -> None:
     say(f"Loading the teacher {args.teacher}" if args.teacher else f"Training a teacher: a T5 with 6+6 layers, {args.teacher_steps} steps")
     teacher, tokenizer = load_teacher(args) if args.teacher else train_teacher(train, args)
     bank = ModularT5ForConditionalGeneration.from_t5(teacher).to("cuda" if torch.cuda.is_available() else "cpu")
-    plans = standard_sizes(bank.shape)
-
-    say(f"Evaluating {len(plans)} plans before training: layers dropped, nothing learned")
-    untrained = {}
-    for name, plan in plans.items():
-        with bank.using(plan):
-            texts = texts_of(bank, tokenizer, sources, args, description=f"Evaluating {name}")
-        untrained[str(plan)] = scores_of(texts, targets)
 
     if args.targets == "beams":
         say(f"Decoding {len(train.sources)} training texts with the teacher, four beams")
         train = Pairs(train.sources, texts_of(bank, tokenizer, train.sources, args, num_beams=4, description="Decoding"))
 
     say(f"Training the bank once, {args.max_steps} steps")
+    plans = standard_sizes(bank.shape)
     trainer = train_bank(bank, tokenizer, train, validation, plans, args)
     record = trainer.training_record()
     record["arguments"]["targets"] = args.targets
+    validation_loss = losses_by_plan(trainer, plans)
+    print("Validation loss:", ", ".join(f"{name} {loss:.3f}" for name, loss in validation_loss.items()))
+
+    say("Calibrating: what each module costs, for the strategy that chooses by that")
+    calibrate(bank, tokenized(validation.head(CALIBRATION_EXAMPLES), tokenizer, args), tokenizer)
     bank.save_pretrained(out / "bank")
     example = bank.choose_plan("size-first", min(2, bank.shape.largest_ratio))
     small = bank.assemble(example)
     small.save_pretrained(out / "assembled")
-    validation_loss = losses_by_plan(trainer, plans)
     if args.eval_steps is not None:
         curves = {f"eval_{plan}_loss": f"{name} ({plan})" for name, plan in plans.items()}
         plot_curves(trainer.state.log_history, curves, out / "curves.png", title="One training", ylabel="validation loss")
-    print("Validation loss:", ", ".join(f"{name} {loss:.3f}" for name, loss in validation_loss.items()))
+
+    plans = standard_sizes(bank.shape)
+    say(f"Evaluating {len(plans)} plans untrained: layers dropped, nothing learned")
+    untrained, untrained_bank = {}, ModularT5ForConditionalGeneration.from_t5(teacher).to(bank.device)
+    for name, plan in plans.items():
+        with untrained_bank.using(plan):
+            texts = texts_of(untrained_bank, tokenizer, sources, args, description=f"Evaluating {name}")
+        untrained[str(plan)] = scores_of(texts, targets)
 
     say(f"Evaluating {len(plans)} sizes, and their speed")
     frontier = measure_frontier(

@@ -27,15 +27,17 @@ def quickstart(folder, *arguments):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def check_output(folder, done, sizes, monkeypatch):
+def check_output(folder, done, monkeypatch):
     assert done.returncode == 0, done.stderr
     out = folder / "out"
     assert (out / "bank" / "frontier.png").stat().st_size > 10_000
     results = json.loads((out / "bank" / "frontier.json").read_text())
-    assert len(results["points"]) == sizes + 1
-    assert done.stdout.count("| size-first") + done.stdout.count("| speed-first") == sizes
+    sizes = len(results["points"]) - 1
+    assert done.stdout.count("| size-first") + done.stdout.count("| speed-first") == 10
+    assert done.stdout.count("| calibrated") == sizes - 10 > 0
     bank = AutoModelForSeq2SeqLM.from_pretrained(out / "bank")
     assert type(bank) is modular_t5.ModularT5ForConditionalGeneration
+    assert bank.config.calibration["plans"]
     assert type(T5ForConditionalGeneration.from_pretrained(out / "assembled")) is T5ForConditionalGeneration
     # What it prints to type next, typed.
     typed, shell = done.stdout.split("What to type next:")[1].split("and in a shell:")
@@ -90,7 +92,7 @@ def test_on_a_teacher_and_data_of_ones_own(given_as, tmp_path, pico_tokenizer, m
     done = quickstart(
         tmp_path, "--teacher", tmp_path / "teacher", *given, *languages, "--max_steps", 3, "--batch_size", 8, "--max_target_length", 8
     )
-    results = check_output(tmp_path, done, sizes=10, monkeypatch=monkeypatch)
+    results = check_output(tmp_path, done, monkeypatch)
     assert results["metric"] == "BLEU"
     assert results["test_examples"] == 8
     assert "Decoding 24 training texts with the teacher" in done.stdout  # as many as the steps take
@@ -101,7 +103,7 @@ def test_on_a_teacher_and_data_of_ones_own(given_as, tmp_path, pico_tokenizer, m
 @pytest.mark.slow
 def test_with_nothing_but_the_package(tmp_path, monkeypatch):
     done = quickstart(tmp_path, "--max_steps", 20, "--teacher_steps", 20, "--max_test_examples", 50)
-    results = check_output(tmp_path, done, sizes=10, monkeypatch=monkeypatch)
+    results = check_output(tmp_path, done, monkeypatch)
     assert results["metric"] == "exact match"
     assert results["targets"] == "labels"
     assert "Decoding" not in done.stdout
