@@ -11,9 +11,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan
@@ -22,12 +21,9 @@ from .configuration_modular_t5 import checked_calibration
 from .distillation import Taught, log_probabilities, logit_loss
 from .layout_modular_t5 import running_own_parts
 from .lessons import with_decoder_inputs
-from .measuring import evaluating
+from .measuring import evaluating, labelled_batches
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .recording import Replay, SideRecord, recording
-
-
-_COLUMNS = ("input_ids", "attention_mask", "labels")
 
 
 def calibrate(
@@ -55,7 +51,7 @@ def calibrate(
     Raises:
         ValueError: there are no examples, or one without labels; or a plan's predictions are no numbers.
     """
-    batches = _batches(bank, dataset, processing_class, batch_size)
+    batches = labelled_batches(bank, dataset, processing_class, batch_size)
     shape = bank.shape
     alone = {
         (side, s, start): _alone(shape, side, s, start)
@@ -95,7 +91,7 @@ def divergences(
     shape = bank.shape
     for plan in plans:
         shape.check(plan)
-    found = _measured(bank, _batches(bank, dataset, processing_class, batch_size), plans, description)
+    found = _measured(bank, labelled_batches(bank, dataset, processing_class, batch_size), plans, description)
     return {plan: score.whole for plan, score in found.items()}
 
 
@@ -127,21 +123,6 @@ class _Score(NamedTuple):
     @property
     def added(self) -> float:
         return self.whole - self.own_parts
-
-
-def _batches(
-    bank: ModularT5ForConditionalGeneration,
-    dataset: Sequence[Mapping[str, Any]],
-    processing_class: PreTrainedTokenizerBase,
-    batch_size: int,
-) -> list[dict[str, torch.Tensor]]:
-    """Padded, of examples of like length."""
-    rows = [{name: row[name] for name in _COLUMNS if name in row} for row in dataset]
-    if not rows or not all(any(label != -100 for label in row.get("labels", ())) for row in rows):
-        raise ValueError("calibrating needs examples, each with labels; " + ("one has none" if rows else "there are none"))
-    rows.sort(key=lambda row: len(row["labels"]))
-    collator = DataCollatorForSeq2Seq(processing_class, model=bank)
-    return [{**batch} for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator)]
 
 
 @torch.inference_mode()

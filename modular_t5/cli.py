@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5ForConditiona
 from transformers.utils import CONFIG_NAME
 
 from .assembly_modular_t5 import SIDES, canonical_tilings
+from .building_modular_t5 import torch_dtype
 from .calibration import calibrate
 from .choosing_modular_t5 import LIMITS, STRATEGIES, PlanReport, resolve_plans, the_one_budget
 from .comparison import Comparison, ComparisonArguments
@@ -26,7 +27,7 @@ from .configuration_modular_t5 import ModularT5Config
 from .frontier import BUDGETS, PICTURE_FILE, RESULTS_FILE, measure_frontier, standard_sizes
 from .latency import measure_latency
 from .layout_modular_t5 import parameter_map
-from .loading_modular_t5 import SavedBank, torch_dtype
+from .loading_modular_t5 import SavedBank
 from .measuring import write_json
 from .model_card import assembled_card, bank_card, counts_table, measured_in
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration

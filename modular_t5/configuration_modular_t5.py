@@ -65,7 +65,27 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _RANGES = {"layer_norm_epsilon": (0, 1), "initializer_factor": (0, 1e3), "dropout_rate": (0, 1)}
 
 
-class ModularT5Config(T5Config):
+class CheckedT5Config(T5Config):
+    """A `T5Config` of a sane size, type and activation, or a `ValueError`."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.dtype is not None and str(self.dtype).removeprefix("torch.") not in _DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        super().__post_init__(**kwargs)
+        for name, largest in _LARGEST.items():
+            value = getattr(self, name)
+            if not is_integer(value) or not 1 <= value <= largest:
+                raise ValueError(f"{name} must be an integer from 1 to {largest}, got {value!r}")
+        for name, (smallest, largest) in _RANGES.items():
+            if not smallest <= getattr(self, name) <= largest:
+                raise ValueError(f"{name} must be from {smallest:g} to {largest:g}, got {getattr(self, name)!r}")
+        if not isinstance(self.scale_decoder_outputs, bool):
+            raise ValueError(f"scale_decoder_outputs must be true or false, got {self.scale_decoder_outputs!r}")
+        if self.dense_act_fn not in ACT2FN:
+            raise ValueError(f"unknown activation {self.dense_act_fn!r} (feed_forward_proj is {self.feed_forward_proj!r})")
+
+
+class ModularT5Config(CheckedT5Config):
     """A `T5Config` that also says what is in a bank.
 
     Args:
@@ -102,20 +122,7 @@ class ModularT5Config(T5Config):
     calibration: Mapping[str, Mapping[str, Any]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.dtype is not None and str(self.dtype).removeprefix("torch.") not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         super().__post_init__(**kwargs)
-        for name, largest in _LARGEST.items():
-            value = getattr(self, name)
-            if not is_integer(value) or not 1 <= value <= largest:
-                raise ValueError(f"{name} must be an integer from 1 to {largest}, got {value!r}")
-        for name, (smallest, largest) in _RANGES.items():
-            if not smallest <= getattr(self, name) <= largest:
-                raise ValueError(f"{name} must be from {smallest:g} to {largest:g}, got {getattr(self, name)!r}")
-        if not isinstance(self.scale_decoder_outputs, bool):
-            raise ValueError(f"scale_decoder_outputs must be true or false, got {self.scale_decoder_outputs!r}")
-        if self.dense_act_fn not in ACT2FN:
-            raise ValueError(f"unknown activation {self.dense_act_fn!r} (feed_forward_proj is {self.feed_forward_proj!r})")
         layers = {"encoder": self.num_layers, "decoder": self.num_decoder_layers}
         self.granularities = _normalised_granularities(self.granularities, layers)
         plan = teacher_plan(layers) if self.plan is None else AssemblyPlan.from_any(self.plan)

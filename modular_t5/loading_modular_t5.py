@@ -18,6 +18,7 @@ from transformers import GenerationConfig, MT5ForConditionalGeneration, PreTrain
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from .building_modular_t5 import dtype_of, torch_dtype
 from .choosing_modular_t5 import BankShape
 from .configuration_modular_t5 import ModularT5Config, stock_config
 from .layout_modular_t5 import EMBEDDINGS, HEAD, SHARED, bank_shape, initial_name, is_bank_tensor, own_part_of, shaped_like, tensor_names
@@ -98,21 +99,6 @@ def on_hub(config: ModularT5Config) -> bool:
         return bool(hub_teacher(config))
     except ValueError:
         return False
-
-
-def dtype_of(name: str, dtype: torch.dtype | None) -> torch.dtype | None:
-    """The type that a T5 of this type has a parameter in: transformers keeps some in float32 where a model is in float16."""
-    keeps = dtype == torch.float16 and not set(name.split(".")).isdisjoint(T5ForConditionalGeneration._keep_in_fp32_modules)
-    return torch.float32 if keeps else dtype
-
-
-def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating-point type, or its name; None for None and "auto"."""
-    if isinstance(dtype, str):
-        dtype = None if dtype == "auto" else getattr(torch, dtype, dtype)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype must be a floating-point type of torch, its name, or 'auto'; got {dtype!r}")
-    return dtype
 
 
 def shape_in(dtype: torch.dtype, sizes: Mapping[str, int], config: ModularT5Config) -> BankShape:

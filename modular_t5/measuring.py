@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 
 _SECRET = re.compile("token|secret|password|key", re.IGNORECASE)
@@ -76,6 +77,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+# Of an example, what a T5 reads.
+_COLUMNS = ("input_ids", "attention_mask", "labels")
+
+
+def labelled_batches(
+    model: PreTrainedModel, dataset: Sequence[Mapping[str, Any]], processing_class: PreTrainedTokenizerBase, batch_size: int
+) -> list[dict[str, torch.Tensor]]:
+    """Padded, of examples of like length, on the CPU; a `ValueError` if there are none, or one has no labels."""
+    rows = [{name: row[name] for name in _COLUMNS if name in row} for row in dataset]
+    if not rows or not all(any(label != -100 for label in row.get("labels", ())) for row in rows):
+        raise ValueError("calibrating needs examples, each with labels; " + ("one has none" if rows else "there are none"))
+    rows.sort(key=lambda row: len(row["labels"]))
+    collator = DataCollatorForSeq2Seq(processing_class, model=model)
+    return [{**batch} for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator)]
 
 
 @torch.inference_mode()

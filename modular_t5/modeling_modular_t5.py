@@ -18,11 +18,12 @@ from typing import Any, Unpack
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from torch import nn
-from transformers import GenerationConfig, MT5ForConditionalGeneration, PreTrainedConfig, T5Config, T5ForConditionalGeneration
+from transformers import MT5ForConditionalGeneration, PreTrainedConfig, T5Config, T5ForConditionalGeneration
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.t5.modeling_t5 import T5Block, T5Stack
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, PlanLike, is_integer
+from .building_modular_t5 import built, record_tie, torch_dtype
 from .choosing_modular_t5 import BankShape, Budgets, PlanReport, assembly_record, resolve_plan, resolve_plans
 from .configuration_modular_t5 import INITIALIZATIONS, ModularT5Config, stock_config, t5_fields
 from .layout_modular_t5 import (
@@ -35,13 +36,11 @@ from .layout_modular_t5 import (
 from .loading_modular_t5 import (
     SavedBank,
     check_is_teacher,
-    dtype_of,
     hub_teacher,
     load_teacher,
     on_hub,
     shape_in,
     teacher_tensors,
-    torch_dtype,
 )
 from .own_parts_modular_t5 import OwnPartsMixin
 from .storage_modular_t5 import HUB_ARGUMENTS, card_of, fingerprint, staged_folder, upload, write_shards
@@ -157,7 +156,7 @@ class ModularT5ForConditionalGeneration(OwnPartsMixin, T5ForConditionalGeneratio
         for name in filter(is_bank_tensor, tensor_names(one_layer_of(teacher), config)):
             # A tensor object of its own: the module is a copy of the layer, not tied to it.
             sources[name] = sources[initial_name(name, config)].detach()
-        return _built(cls, _run_like(teacher, config), sources, teacher.generation_config)
+        return built(cls, _run_like(teacher, config), sources, teacher.generation_config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -242,7 +241,7 @@ class ModularT5ForConditionalGeneration(OwnPartsMixin, T5ForConditionalGeneratio
         sources = {name: tensors[bank_name] for name, bank_name in mapping.items()}
         generation_config = saved.generation_config
         dtype = saved.config.dtype if dtype in (None, "auto") else dtype
-        return _built(T5ForConditionalGeneration, config, sources, generation_config, dtype=dtype, device=device, share_weights=True)
+        return built(T5ForConditionalGeneration, config, sources, generation_config, dtype=dtype, device=device, share_weights=True)
 
     def save_pretrained(
         self,
@@ -516,7 +515,7 @@ class ModularT5ForConditionalGeneration(OwnPartsMixin, T5ForConditionalGeneratio
         bank = dict(self.named_parameters(remove_duplicate=False))
         bank |= {f"{path}.weight": merged for path, merged in self._merged_adapters().items()}
         sources = {name: bank[bank_name] for name, bank_name in self.parameter_map(report.plan).items()}
-        return _built(T5ForConditionalGeneration, config, sources, self.generation_config, dtype=dtype, share_weights=share_weights)
+        return built(T5ForConditionalGeneration, config, sources, self.generation_config, dtype=dtype, share_weights=share_weights)
 
 
 def one_layer_of(model: T5ForConditionalGeneration | MT5ForConditionalGeneration) -> dict[str, nn.Parameter]:
@@ -558,49 +557,9 @@ def _run_like(model: T5ForConditionalGeneration, config: T5Config) -> T5Config:
     return config
 
 
-def _built(
-    model_class: type,
-    config: T5Config,
-    sources: Mapping[str, torch.Tensor],
-    generation_config: GenerationConfig,
-    *,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | int | None = None,
-    share_weights: bool = False,
-) -> Any:
-    """A model on copies of these tensors, or on themselves; names with the same tensor share a parameter."""
-    dtype = torch_dtype(dtype)
-    config.dtype = dtype or next(iter(sources.values())).dtype
-    with torch.device("meta"):
-        model = model_class(config)
-    parameters: dict[int, nn.Parameter] = {}
-    for path, module in model.named_modules():
-        for leaf in [leaf for leaf, parameter in module._parameters.items() if parameter is not None]:
-            name = f"{path}.{leaf}"
-            if name not in sources:
-                raise ValueError(
-                    f"there is no {name} in what {model_class.__name__} is built of: a bank is of plain T5 layers, so merge adapters "
-                    "first (merge_and_unload)"
-                )
-            tensor = sources[name]
-            if id(tensor) not in parameters:
-                own = tensor.detach().to(device=device, dtype=dtype_of(name, dtype))
-                parameters[id(tensor)] = nn.Parameter(own if share_weights or own.data_ptr() != tensor.data_ptr() else own.clone())
-            module._parameters[leaf] = parameters[id(tensor)]
-    model.generation_config = copy.deepcopy(generation_config)
-    _record_tie(model)
-    return model.eval()
-
-
 def _with_recorded_tie(loaded: Any) -> Any:
     """What `from_pretrained` returned, with or without its report."""
     bank = loaded[0] if isinstance(loaded, tuple) else loaded
-    _record_tie(bank)
+    record_tie(bank)
     bank.switch_parts(bank.plan)  # a head is only now known to be tied or not
     return loaded
-
-
-def _record_tie(model: T5ForConditionalGeneration) -> None:
-    # T5's configuration says "tied" of every model. Where the head is a matrix of its own, the saved file must say so, or older
-    # transformers and tie_weights() replace it by the embeddings.
-    model.config.tie_word_embeddings = model.lm_head.weight is model.shared.weight
