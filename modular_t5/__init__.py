@@ -1,23 +1,32 @@
-"""Train a T5's module bank once, assemble any size from it. Importing the package registers the bank with the Auto classes."""
+"""Train a T5's module bank once, assemble any size from it. Importing the package registers its models with the Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from .assembly_modular_t5 import AssemblyPlan
 from .calibration import calibrate
 from .choosing_modular_t5 import STRATEGIES, BankShape, Latency, PlanReport
+from .configuration_compact_t5 import CompactT5Config
 from .configuration_modular_t5 import ModularT5Config
+from .embeddings import factorize_embeddings, trim_vocabulary
+from .feed_forwards import merge_feed_forwards
 from .frontier import Frontier, measure_frontier
+from .heads import prune_heads
 from .latency import measure_latency
 from .model_card import assembled_card, bank_card
+from .modeling_compact_t5 import CompactT5ForConditionalGeneration
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .pairs import Pairs
 from .trainer import ModularTrainer
 from .training_args import ModularTrainingArguments
 
 
-AutoConfig.register(ModularT5Config.model_type, ModularT5Config, exist_ok=True)
-AutoModel.register(ModularT5Config, ModularT5ForConditionalGeneration, exist_ok=True)
-AutoModelForSeq2SeqLM.register(ModularT5Config, ModularT5ForConditionalGeneration, exist_ok=True)
+for config_class, model_class in (
+    (ModularT5Config, ModularT5ForConditionalGeneration),
+    (CompactT5Config, CompactT5ForConditionalGeneration),
+):
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModel.register(config_class, model_class, exist_ok=True)
+    AutoModelForSeq2SeqLM.register(config_class, model_class, exist_ok=True)
 
 # What `push_to_hub` writes where there is no card: the files that are saved with a bank, which have to do without the rest of the
 # package, have only transformers' own.
@@ -27,6 +36,8 @@ __all__ = [
     "STRATEGIES",
     "AssemblyPlan",
     "BankShape",
+    "CompactT5Config",
+    "CompactT5ForConditionalGeneration",
     "Frontier",
     "Latency",
     "ModularT5Config",
@@ -38,6 +49,10 @@ __all__ = [
     "assembled_card",
     "bank_card",
     "calibrate",
+    "factorize_embeddings",
     "measure_frontier",
     "measure_latency",
+    "merge_feed_forwards",
+    "prune_heads",
+    "trim_vocabulary",
 ]

@@ -18,6 +18,7 @@ ROOMS = [
     "assembly_modular_t5",
     "choosing_modular_t5",
     "configuration_modular_t5",
+    "building_modular_t5",
     "layout_modular_t5",
     "storage_modular_t5",
     "loading_modular_t5",
@@ -41,6 +42,12 @@ ROOMS = [
     "presenting",
     "frontier",
     "model_card",
+    "configuration_compact_t5",
+    "modeling_compact_t5",
+    "compacting",
+    "feed_forwards",
+    "embeddings",
+    "heads",
     "trainer",
     "rebuilding",
     "exports",
@@ -49,7 +56,7 @@ ROOMS = [
     "comparison",
     "cli",
 ]
-SHIPPED = [room for room in ROOMS if room.endswith("_modular_t5")]
+SHIPPED = [room for room in ROOMS if room.endswith("_t5")]
 PURE = ["assembly_modular_t5", "choosing_modular_t5", "layout_modular_t5", "replacing"]
 
 

@@ -30,7 +30,7 @@ def blocks(language):
 
 @pytest.mark.slow
 def test_the_ten_lines_run(hub, tmp_path, monkeypatch, pico_tokenizer):
-    ten_lines, budgets, exports, sharing, dials = blocks("python")
+    ten_lines, budgets, exports, compacting, sharing, dials = blocks("python")
     tokenizer = AutoTokenizer.from_pretrained(pico_tokenizer)
     folder = tmp_path / "google-t5" / "t5-base"
     teacher = make_teacher(vocab_size=len(tokenizer), num_layers=12, num_decoder_layers=12)
@@ -46,8 +46,8 @@ def test_the_ten_lines_run(hub, tmp_path, monkeypatch, pico_tokenizer):
     quick = "max_steps=2, report_to='none', disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False"
     short = "compute_scores=scores, max_new_tokens=4"
     budgets = budgets.replace("tokenizer, file=", f"tokenizer, {short}, file=").replace("tokenizer, few", f"tokenizer, few, {short}")
-    for code in (ten_lines, budgets, exports, sharing, dials):
-        assert "max_steps=10_000" in code or code in (budgets, exports, sharing)
+    for code in (ten_lines, budgets, exports, compacting, sharing, dials):
+        assert "max_steps=10_000" in code or code in (budgets, exports, compacting, sharing)
         exec(compile(code.replace("max_steps=10_000", quick), "README.md", "exec"), names)
     assert names["quick"].config.modular_t5["achieved"]["latency_ms"] <= 400
     assert {"frontier.json", "frontier.png", "latency.json"} <= {path.name for path in tmp_path.iterdir()}

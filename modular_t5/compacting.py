@@ -1,0 +1,55 @@
+"""What the methods of the compact wing have in common: what they report, and the loss that they are judged by."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, T5ForConditionalGeneration
+
+from .measuring import evaluating
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """What a method did to a model.
+
+    Args:
+        parameters_before, parameters_after: of the whole model.
+        chosen: what was chosen, by name; each method says what.
+        error: how far the new model is from the old one; each method says how that is measured.
+    """
+
+    parameters_before: int
+    parameters_after: int
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+    error: float | None = None
+
+    @classmethod
+    def of(cls, before: PreTrainedModel, after: PreTrainedModel, error: float | None = None, **chosen: Any) -> "CompactReport":
+        """Of a model and what was made of it."""
+        return cls(before.num_parameters(), after.num_parameters(), chosen, error)
+
+    @property
+    def ratio(self) -> float:
+        """Parameters before / after, of the whole model."""
+        return self.parameters_before / self.parameters_after
+
+
+@torch.inference_mode()
+def mean_loss(model: T5ForConditionalGeneration, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
+    """Cross-entropy of the labels, in nats a token."""
+    total, tokens = 0.0, 0
+    with evaluating(model):
+        for batch in batches:
+            counted = int((batch["labels"] != -100).sum())
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            total += model(**inputs, use_cache=False).loss.item() * counted
+            tokens += counted
+    return total / tokens
+
+
+def check_keys(name: str, given: Any, known: Sequence[str]) -> None:
+    """A `ValueError` if a mapping has a key that is not among those known."""
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"{name} has no {unknown[0]!r}; it takes {', '.join(known)}")

@@ -1,0 +1,177 @@
+"""Smaller embeddings: every token through a few dimensions, and no tokens that are never said.
+
+Sources: Lan et al., "ALBERT", arXiv 1909.11942, for the factors; Chen et al., "GroupReduce", arXiv 1806.06950, for weighing tokens by how
+often they occur.
+"""
+
+import copy
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5ForConditionalGeneration
+
+from .assembly_modular_t5 import is_integer
+from .building_modular_t5 import built
+from .compacting import CompactReport
+from .layout_modular_t5 import EMBEDDINGS, HEAD
+from .modeling_compact_t5 import CompactT5ForConditionalGeneration, structure_of
+
+
+# The names of special tokens that a T5's configurations hold ids of.
+_SPECIAL_IDS = ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+# What else a generation configuration may name tokens by.
+_NAMES_TOKENS = ("bad_words_ids", "begin_suppress_tokens", "force_words_ids", "sequence_bias", "suppress_tokens")
+_SPECIAL_TOKENS = ("pad_token", "eos_token", "unk_token", "bos_token", "sep_token", "cls_token", "mask_token")
+
+
+def weighted_factors(matrix_VD: torch.Tensor, rank: int, weights_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(V, rank) and (rank, D), whose product is the nearest to a matrix by squares that are weighed by row.
+
+    The singular values are divided between both alike. Weights are above zero.
+    """
+    roots_V1 = weights_V.double().sqrt()[:, None]
+    left_VR, values_R, right_RD = torch.linalg.svd(roots_V1 * matrix_VD.double(), full_matrices=False)
+    scale_R = values_R[:rank].sqrt()
+    return (left_VR[:, :rank] * scale_R / roots_V1).to(matrix_VD), (scale_R[:, None] * right_RD[:rank]).to(matrix_VD)
+
+
+def count_tokens(dataset: Iterable[Mapping[str, Any]], vocab_size: int) -> torch.Tensor:
+    """How often each token occurs in `input_ids` and `labels` of examples, (vocab_size,)."""
+    ids = (i for row in dataset for i in chain(row["input_ids"], row.get("labels", ())) if i >= 0)
+    return torch.bincount(torch.tensor([*ids], dtype=torch.long), minlength=vocab_size)
+
+
+def factorize_embeddings(
+    model: T5ForConditionalGeneration, rank: int, *, token_counts: Sequence[int] | torch.Tensor | None = None
+) -> tuple[CompactT5ForConditionalGeneration, CompactReport]:
+    """Let tokens go through `rank` dimensions on their way in and out, by the same factors where the head is tied to the embeddings.
+
+    They are those of a singular value decomposition weighed by how often tokens occur. Training afterwards recovers what that costs.
+
+    Args:
+        model: a T5; left alone.
+        rank: from 1 to its `d_model`. Parameters are saved where it is below d_model * vocab_size / (d_model + vocab_size).
+        token_counts: of each token, as of `count_tokens`; one more is added to each. By default all count alike.
+
+    Returns:
+        The model and a report: the rank; the error is that of the embeddings, weighed, relative to their size.
+
+    Raises:
+        ValueError: the rank is out of range, the counts are not one a token, or the embeddings are factorized already.
+    """
+    structure = structure_of(model)
+    if structure.get("embedding_rank") is not None:
+        raise ValueError(f"the embeddings go through {structure['embedding_rank']} dimensions already; factorize those of the T5 before")
+    vocab_size, d_model = model.shared.weight.shape
+    if not is_integer(rank) or not 1 <= rank <= d_model:
+        raise ValueError(f"rank must be an integer from 1 to d_model ({d_model}), got {rank!r}")
+    counts = torch.zeros(vocab_size) if token_counts is None else torch.as_tensor(token_counts)
+    if counts.shape != (vocab_size,) or not bool((counts >= 0).all()):
+        raise ValueError(f"token_counts must be {vocab_size} numbers of at least 0, a token each, got {tuple(counts.shape)}")
+    weights = (counts + 1).to(model.device)
+    untied = model.lm_head.weight is not model.shared.weight
+    matrices = {"shared": model.shared.weight, **({"lm_head.factors": model.lm_head.weight} if untied else {})}
+    factors = {prefix: weighted_factors(matrix.detach(), rank, weights) for prefix, matrix in matrices.items()}
+    tensors = {f"{prefix}.tokens.weight": tokens for prefix, (tokens, _) in factors.items()}
+    tensors |= {f"{prefix}.projection.weight": projection.T.contiguous() for prefix, (_, projection) in factors.items()}
+    compact = CompactT5ForConditionalGeneration.from_t5(model, tensors, embedding_rank=rank, untied_head=untied)
+    roots = weights.sqrt()[:, None]
+    missed = (roots * (model.shared.weight - compact.shared.weight)).norm() / (roots * model.shared.weight).norm()
+    return compact, CompactReport.of(model, compact, missed.item(), rank=rank)
+
+
+def trim_vocabulary(
+    model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, keep: Iterable[str] = ()
+) -> tuple[T5ForConditionalGeneration, PreTrainedTokenizerBase, CompactReport]:
+    """Leave out every token that texts do not use: a model of the same class, stock if it was, and its tokenizer.
+
+    Texts whose tokens are all left are split as before, and the model does with them what it did, for the others never come up: a Unigram
+    tokenizer takes the likeliest pieces, and those are still there.
+
+    Args:
+        model: a T5; left alone, like the tokenizer.
+        tokenizer: of the Unigram kind, as T5's and mT5's are.
+        texts: sources and targets, all that is to be read and said.
+        keep: tokens that stay in any case, beside padding, end of text and unknown.
+
+    Returns:
+        The model, the tokenizer, and a report: the ids that are left, in their new order (`token_ids`).
+
+    Raises:
+        ValueError: the tokenizer is of another kind, or a token to keep is none.
+    """
+    structure_of(model)
+    if structure := getattr(model.config, "embedding_rank", None):
+        raise ValueError(f"the embeddings are factorized (rank {structure}); trim the vocabulary before")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    described = json.loads(backend.to_str()) if isinstance(backend, Tokenizer) else {"model": {"type": None}}
+    if described["model"]["type"] != "Unigram":
+        raise ValueError(f"a vocabulary can be trimmed where the tokenizer is of the Unigram kind, not {type(tokenizer).__name__}")
+    kept = _kept_ids(model, tokenizer, texts, keep)
+    renumbered = {old: new for new, old in enumerate(kept)}
+    config, generation_config = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
+    config.vocab_size = len(kept)
+    for told in (config, generation_config):
+        _renumber(told, renumbered)
+    sources = dict(model.named_parameters(remove_duplicate=False))
+    rows = torch.tensor(kept, device=model.device)
+    tied = model.lm_head.weight is model.shared.weight
+    sources |= dict.fromkeys((*EMBEDDINGS, *([HEAD] if tied else [])), model.shared.weight[rows])
+    if not tied:
+        sources[HEAD] = model.lm_head.weight[rows]
+    trimmed = built(type(model), config, sources, generation_config)
+    return trimmed, _trimmed_tokenizer(tokenizer, described, renumbered), CompactReport.of(model, trimmed, 0.0, token_ids=kept)
+
+
+def _kept_ids(
+    model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], keep: Iterable[str]
+) -> list[int]:
+    """Ascending: what texts use, what is special, what is to stay."""
+    ids = {i for text in texts for i in tokenizer(text).input_ids}
+    vocabulary = tokenizer.get_vocab()
+    for token in keep:
+        if token not in vocabulary:
+            raise ValueError(f"the tokenizer has no token {token!r} to keep")
+        ids.add(vocabulary[token])
+    ids |= {vocabulary[token] for name in _SPECIAL_TOKENS if (token := getattr(tokenizer, name, None)) is not None}
+    for told in (model.config, model.generation_config):
+        for name in _SPECIAL_IDS:
+            value = getattr(told, name, None)
+            ids |= set(value) if isinstance(value, list) else set() if value is None else {value}
+    return sorted(ids)
+
+
+def _renumber(told: Any, renumbered: Mapping[int, int]) -> None:
+    """The special tokens' ids of a configuration."""
+    for name in _SPECIAL_IDS:
+        value = getattr(told, name, None)
+        if value is not None:
+            setattr(told, name, [renumbered[i] for i in value] if isinstance(value, list) else renumbered[value])
+    if isinstance(told, GenerationConfig) and (named := [name for name in _NAMES_TOKENS if getattr(told, name, None)]):
+        raise ValueError(f"the generation configuration names tokens by number ({', '.join(named)}); take that out before trimming")
+
+
+def _trimmed_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, described: dict[str, Any], renumbered: Mapping[int, int]
+) -> PreTrainedTokenizerBase:
+    unigram = described["model"]
+    unigram["vocab"] = [piece for i, piece in enumerate(unigram["vocab"]) if i in renumbered]
+    if unigram["unk_id"] is not None:
+        unigram["unk_id"] = renumbered[unigram["unk_id"]]
+    described["added_tokens"] = [
+        {**token, "id": renumbered[token["id"]]} for token in described["added_tokens"] if token["id"] in renumbered
+    ]
+    for token in ((described.get("post_processor") or {}).get("special_tokens") or {}).values():
+        token["ids"] = [renumbered[i] for i in token["ids"]]
+    special = {name: token for name in _SPECIAL_TOKENS if (token := getattr(tokenizer, name, None)) is not None}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(described)),
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        truncation_side=tokenizer.truncation_side,
+        **special,
+    )

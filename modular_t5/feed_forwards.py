@@ -1,0 +1,259 @@
+"""Merging feed-forward sublayers: a run of them becomes one, which all of their layers share.
+
+Hidden features of the run are matched with those of its first feed-forward, by the permutation under which they correlate most on
+real text; the permuted weights are averaged and tied. Training afterwards, by any Trainer, recovers what that costs.
+
+Source: Verma, Murray, Duh, "Merging Feed-Forward Sublayers for Compressed Transformers", arXiv 2501.06126.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, T5ForConditionalGeneration
+
+from .assembly_modular_t5 import SIDES, is_integer
+from .compacting import CompactReport, check_keys, mean_loss
+from .measuring import evaluating, labelled_batches
+from .modeling_compact_t5 import CompactT5ForConditionalGeneration, structure_of
+
+
+def aligning_permutation(correlation_FF: torch.Tensor) -> torch.Tensor:
+    """Which feature of another feed-forward goes into the place of each of the first's, so that the sum of correlations is largest.
+
+    Args:
+        correlation_FF: of each feature of the first with each of the other.
+
+    Raises:
+        ImportError: scipy is not installed.
+    """
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ImportError("aligning feed-forwards needs scipy: pip install scipy") from error
+    return torch.from_numpy(linear_sum_assignment(correlation_FF.cpu().numpy(), maximize=True)[1])
+
+
+def permuted(weights: Mapping[str, torch.Tensor], permutation_F: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A feed-forward's weights by name (`wo.weight`, and `wi` or `wi_0` and `wi_1`), its features in another order; it does the same."""
+    return {name: tensor[:, permutation_F] if name == "wo.weight" else tensor[permutation_F] for name, tensor in weights.items()}
+
+
+def averaged(of_many: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The mean of tensors of each name."""
+    return {name: torch.stack([each[name] for each in of_many]).mean(0) for name in of_many[0]}
+
+
+class FeatureMoments:
+    """Second moments of the hidden features of feed-forwards of a side, summed up over tokens.
+
+    Args:
+        layers: of the side.
+        pairs: of layers whose features are compared, the first of a run and another.
+    """
+
+    def __init__(self, layers: int, pairs: Iterable[tuple[int, int]]):
+        self._tokens = 0
+        self._sums: list[Any] = [0.0] * layers
+        self._squares: list[Any] = [0.0] * layers
+        self._products: dict[tuple[int, int], Any] = dict.fromkeys(pairs, 0.0)
+
+    def add(self, features_TF: Sequence[torch.Tensor]) -> None:
+        """Of a batch, by layer."""
+        self._tokens += len(features_TF[0])
+        features_TF = [of_layer.double() for of_layer in features_TF]
+        for layer, of_layer in enumerate(features_TF):
+            self._sums[layer] += of_layer.sum(0)
+            self._squares[layer] += of_layer.square().sum(0)
+        for first, other in self._products:
+            self._products[first, other] += features_TF[first].T @ features_TF[other]
+
+    def covariance(self, first: int, other: int) -> torch.Tensor:
+        """(features of the first, features of the other)."""
+        return self._products[first, other] / self._tokens - torch.outer(self._sums[first], self._sums[other]) / self._tokens**2
+
+    def correlation(self, first: int, other: int) -> torch.Tensor:
+        """The same, by the features' deviations; 0 for a feature that never changes."""
+        deviations = [self._deviation(layer)[:, None] for layer in (first, other)]
+        return (self.covariance(first, other) / (deviations[0] * deviations[1].T)).nan_to_num(0.0, 0.0, 0.0)
+
+    def similarity(self, first: int, other: int) -> float:
+        """Linear centered kernel alignment, 1 for features that are the same up to rotation and scale (arXiv 1905.00414)."""
+        cross, one, two = (self.covariance(*pair).square().sum() for pair in ((first, other), (first, first), (other, other)))
+        return (cross / (one * two).sqrt()).item()
+
+    def _deviation(self, layer: int) -> torch.Tensor:
+        return (self._squares[layer] / self._tokens - (self._sums[layer] / self._tokens).square()).clamp(min=0).sqrt()
+
+
+def merge_feed_forwards(
+    model: T5ForConditionalGeneration,
+    dataset: Sequence[Mapping[str, Any]],
+    processing_class: PreTrainedTokenizerBase,
+    run: int | Mapping[str, int],
+    *,
+    start: Mapping[str, int] | None = None,
+    align: bool = True,
+    batch_size: int = 32,
+    description: str | None = "Merging",
+) -> tuple[CompactT5ForConditionalGeneration, CompactReport]:
+    """Replace a run of consecutive feed-forwards of a side by one that their layers share. Norms stay a layer's own.
+
+    Of all places where a run may begin the one is taken that costs the least on the examples: the mean loss of their labels.
+
+    Args:
+        model: a T5; left alone.
+        dataset: a few hundred examples, `input_ids` and `labels`.
+        processing_class: the tokenizer, for padding.
+        run: how many become one, on both sides, or by side; a side that is not named is left as it is.
+        start: by side, the layer that its run begins at, in place of comparing.
+        align: match features before averaging. Without, they are averaged as they lie.
+        description: of the progress bars; none without it.
+
+    Returns:
+        The model and a report: which layers of each side share one (`encoder`, `decoder`), what each place cost (`losses`); the error is
+        the loss that was added, in nats a token.
+
+    Raises:
+        ValueError: a run is not of 2 layers to all, does not fit where it is to start, or goes over feed-forwards that are shared
+            already; or there are no examples.
+        ImportError: scipy is not installed.
+    """
+    ties = _ties(model)
+    runs = _checked_runs(model, dict.fromkeys(SIDES, run) if not isinstance(run, Mapping) else run, ties)
+    starts = _checked_starts(start or {}, runs, ties)
+    batches = labelled_batches(model, dataset, processing_class, batch_size)
+    moments = _moments(model, batches, {side: _pairs(starts[side], runs[side]) for side in runs}, description) if align else {}
+    losses: dict[str, dict[int, float]] = {side: {} for side in runs}
+    chosen = {}
+    candidates = [(side, begin) for side in runs for begin in starts[side] if len(starts[side]) > 1]
+    for side, begin in tqdm(candidates, desc=description, disable=description is None, leave=False):
+        losses[side][begin] = mean_loss(_merged(model, ties, {side: range(begin, begin + runs[side])}, moments), batches)
+    for side in runs:
+        begin = min(starts[side], key=lambda begin, side=side: losses[side].get(begin, 0.0))
+        chosen[side] = range(begin, begin + runs[side])
+    merged = _merged(model, ties, chosen, moments)
+    error = mean_loss(merged, batches) - mean_loss(model, batches)
+    told = {side: list(layers) for side, layers in chosen.items()}
+    return merged, CompactReport.of(model, merged, error, **told, losses=losses)
+
+
+def feed_forward_similarity(
+    model: T5ForConditionalGeneration,
+    dataset: Sequence[Mapping[str, Any]],
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 32,
+    description: str | None = "Comparing",
+) -> dict[str, torch.Tensor]:
+    """By side, how alike the features of every two feed-forwards are on examples (`FeatureMoments.similarity`), (layers, layers).
+
+    Arguments and errors as of `merge_feed_forwards`.
+    """
+    layers = {side: len(getattr(model, side).block) for side in SIDES}
+    pairs = {side: [(i, j) for i in range(count) for j in range(count)] for side, count in layers.items()}
+    moments = _moments(model, labelled_batches(model, dataset, processing_class, batch_size), pairs, description)
+    return {
+        side: torch.tensor([[moments[side].similarity(i, j) for j in range(count)] for i in range(count)]) for side, count in layers.items()
+    }
+
+
+def _ties(model: T5ForConditionalGeneration) -> dict[str, list[int]]:
+    """By side, for each layer the one whose feed-forward it runs."""
+    structure = structure_of(model)
+    if structure.get("tied_layers"):
+        raise ValueError("this model's layers share all their weights, feed-forwards too: merge feed-forwards of one without tied_layers")
+    layers = {"encoder": structure["num_layers"], "decoder": structure["num_decoder_layers"]}
+    return structure.get("tied_feed_forwards") or {side: list(range(layers[side])) for side in SIDES}
+
+
+def _checked_runs(model: T5ForConditionalGeneration, runs: Mapping[str, int], ties: Mapping[str, list[int]]) -> dict[str, int]:
+    check_keys("run", runs, SIDES)
+    if not runs:
+        raise ValueError("run names no side; it takes a number, or numbers by side")
+    for side, run in runs.items():
+        if not is_integer(run) or not 2 <= run <= len(ties[side]):
+            raise ValueError(f"a run is of 2 to {len(ties[side])} feed-forwards of the {side}, got {run!r}")
+    return {side: runs[side] for side in SIDES if side in runs}
+
+
+def _checked_starts(given: Mapping[str, int], runs: Mapping[str, int], ties: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """By side, where its run may begin: on feed-forwards that one layer runs alone."""
+    check_keys("start", given, list(runs))
+    possible = {}
+    for side, run in runs.items():
+        shared = {layer for layer, tie in enumerate(ties[side]) if ties[side].count(tie) > 1}
+        fitting = [begin for begin in range(len(ties[side]) - run + 1) if shared.isdisjoint(range(begin, begin + run))]
+        if not fitting:
+            raise ValueError(f"no {run} consecutive feed-forwards of the {side} are left that are not shared: {ties[side]}")
+        if side in given and given[side] not in fitting:
+            raise ValueError(f"a run of {run} in the {side} may start at {', '.join(map(str, fitting))}; got {given[side]!r}")
+        possible[side] = [given[side]] if side in given else fitting
+    return possible
+
+
+def _pairs(starts: Iterable[int], run: int) -> set[tuple[int, int]]:
+    return {(begin, begin + i) for begin in starts for i in range(1, run)}
+
+
+@torch.inference_mode()
+def _moments(
+    model: T5ForConditionalGeneration,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    pairs: Mapping[str, Iterable[tuple[int, int]]],
+    description: str | None,
+) -> dict[str, FeatureMoments]:
+    """Of the features that feed-forwards make of the examples, padding left out."""
+    moments = {side: FeatureMoments(len(getattr(model, side).block), pairs[side]) for side in pairs}
+    with evaluating(model):
+        for batch in tqdm(batches, desc=description, disable=description is None, leave=False):
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            masks = {"encoder": inputs["attention_mask"].bool(), "decoder": inputs["labels"] != -100}
+            features: dict[str, list[torch.Tensor]] = {side: [] for side in pairs}
+            # Layers that share a feed-forward have one, whose hook is called by each of them.
+            hooks = [
+                last.register_forward_pre_hook(_recorder(features[side], masks[side]))
+                for side in pairs
+                for last in dict.fromkeys(block.layer[-1].DenseReluDense.wo for block in getattr(model, side).block)
+            ]
+            try:
+                model(**inputs, use_cache=False)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            for side in pairs:
+                moments[side].add(features[side])
+    return moments
+
+
+def _recorder(found: list[torch.Tensor], mask_BT: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
+    """A hook that appends what a module is given, of the tokens that count, to `found`."""
+
+    def record(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        found.append(inputs[0][mask_BT])
+
+    return record
+
+
+def _merged(
+    model: T5ForConditionalGeneration,
+    ties: Mapping[str, list[int]],
+    chosen: Mapping[str, Sequence[int]],
+    moments: Mapping[str, FeatureMoments],
+) -> CompactT5ForConditionalGeneration:
+    """A model whose chosen layers share the mean of their feed-forwards, matched with the first."""
+    tied, tensors = {side: list(of_side) for side, of_side in ties.items()}, {}
+    for side, layers in chosen.items():
+        first, blocks = layers[0], getattr(model, side).block
+        aligned = []
+        for layer in layers:
+            weights = dict(blocks[layer].layer[-1].DenseReluDense.named_parameters())
+            if layer != first and moments:
+                weights = permuted(weights, aligning_permutation(moments[side].correlation(first, layer)).to(model.device))
+            aligned.append(weights)
+            tied[side][layer] = first
+        path = f"{side}.block.{first}.layer.{len(blocks[first].layer) - 1}.DenseReluDense"
+        tensors |= {f"{path}.{name}": tensor for name, tensor in averaged(aligned).items()}
+    return CompactT5ForConditionalGeneration.from_t5(model, tensors, tied_feed_forwards=tied)

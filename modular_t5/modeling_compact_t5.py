@@ -1,0 +1,219 @@
+"""A T5 that is smaller inside its layers: tied feed-forwards or layers, fewer heads, embeddings in two factors.
+
+T5's own modules and forwards run. The configuration alone says the shapes; what is tied is one module, which the layers that share it refer
+to, so that its tensors have one name: they are saved once, and stay tied whatever is done to the model.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5Attention, T5Block
+
+from .assembly_modular_t5 import SIDES
+from .building_modular_t5 import built, record_tie
+from .configuration_compact_t5 import COMPACT_FIELDS, CompactT5Config
+from .configuration_modular_t5 import t5_fields
+
+
+class PrunedAttention(T5Attention):
+    """T5's attention with some of its heads. Relative position biases are those of all heads of a stack, of which it takes its own.
+
+    Args:
+        like: the attention that it stands in for, of all heads.
+        heads: which of them it has.
+    """
+
+    def __init__(self, like: T5Attention, heads: list[int]):
+        super().__init__(like.config, like.has_relative_attention_bias, like.layer_idx, like.is_causal)
+        width = len(heads) * like.key_value_proj_dim
+        self.q, self.k, self.v = (nn.Linear(like.d_model, width, bias=False) for _ in range(3))
+        self.o = nn.Linear(width, like.d_model, bias=False)
+        self.heads, self.n_heads, self.inner_dim = list(heads), len(heads), width
+        self.is_cross = like.is_decoder and not like.is_causal
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        key_value_states: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """T5's. What is passed on is the bias of all heads; attention over the source has none, and each layer may have other heads."""
+        own = None if self.is_cross or position_bias is None else position_bias[:, self.heads]
+        output, computed, weights = super().forward(hidden_states, mask, key_value_states, own, past_key_values, **kwargs)
+        if self.is_cross:
+            return output, None, weights
+        return output, computed.of_all_heads if position_bias is None else position_bias, weights
+
+    def compute_bias(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Of the heads that there are; the first layer's forward finds that of all in it."""
+        of_all_heads = super().compute_bias(*args, **kwargs)
+        bias = of_all_heads[:, self.heads]
+        bias.of_all_heads = of_all_heads
+        return bias
+
+
+class FactorizedEmbedding(nn.Module):
+    """Embeddings (vocabulary, d_model) as a product (vocabulary, rank) (rank, d_model)."""
+
+    def __init__(self, config: CompactT5Config):
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.embedding_rank)
+        self.projection = nn.Linear(config.embedding_rank, config.d_model, bias=False)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Ids of any shape -> (..., d_model)."""
+        return self.projection(self.tokens(input_ids))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The product, made anew at each call."""
+        return self.tokens.weight @ self.projection.weight.T
+
+
+class FactorizedHead(nn.Module):
+    """The head by factorized embeddings: those of the input, which stay theirs, or its own."""
+
+    def __init__(self, factors: FactorizedEmbedding, own: bool):
+        super().__init__()
+        if own:
+            self.factors = factors
+        else:
+            self.__dict__["factors"] = factors
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """States (..., d_model) -> logits (..., vocabulary)."""
+        in_rank = nn.functional.linear(hidden_states, self.factors.projection.weight.T)
+        return nn.functional.linear(in_rank, self.factors.tokens.weight)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """As of the factors."""
+        return self.factors.weight
+
+
+class CompactT5ForConditionalGeneration(T5ForConditionalGeneration):
+    """A T5 with fewer parameters inside. It trains, generates, saves and loads as any T5.
+
+    Made by the methods of the compact wing, one of another.
+    """
+
+    config_class = CompactT5Config
+    accepts_loss_kwargs = False  # T5's loss is a mean over tokens, which the Trainer would scale by accumulation steps and processes
+    _auto_class = "AutoModelForSeq2SeqLM"
+
+    def __init__(self, config: CompactT5Config):
+        super().__init__(config)
+        for side in SIDES:
+            blocks = getattr(self, side).block
+            for layer, tie in enumerate((config.tied_layers or {}).get(side, ())):
+                if tie != layer:
+                    _share_block(blocks[layer], blocks[tie])
+            for layer, tie in enumerate((config.tied_feed_forwards or {}).get(side, ())):
+                if tie != layer:
+                    _share(blocks[layer].layer[-1], blocks[tie].layer[-1], "DenseReluDense")
+        for kind, of_layers in (config.heads or {}).items():
+            for layer, heads in enumerate(of_layers):
+                if len(heads) < config.num_heads:
+                    sublayer, name = attention_at(self, kind, layer)
+                    setattr(sublayer, name, PrunedAttention(getattr(sublayer, name), heads))
+        if config.embedding_rank is not None:
+            self.shared = FactorizedEmbedding(config)
+            for side in SIDES:
+                _refer(getattr(self, side), "embed_tokens", self.shared)
+            self.lm_head = FactorizedHead(FactorizedEmbedding(config) if config.untied_head else self.shared, own=config.untied_head)
+            self._tied_weights_keys = {}
+        self.post_init()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: every parameter is in one of transformers' or torch's own modules, initialised as such."""
+        return False
+
+    @classmethod
+    def from_t5(
+        cls,
+        model: T5ForConditionalGeneration | MT5ForConditionalGeneration,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        **changes: Any,
+    ) -> "CompactT5ForConditionalGeneration":
+        """A model like `model`, which is left alone, with changes in its structure.
+
+        Args:
+            model: a T5, whatever its code, or a compact one.
+            tensors: those that are other than the model's of that name, or that it has not.
+            changes: fields of `CompactT5Config`.
+
+        Raises:
+            ValueError: the model is no T5, or the configuration is not possible.
+        """
+        config = CompactT5Config(**{**structure_of(model), **changes})
+        config.name_or_path = model.config.name_or_path
+        config._attn_implementation = model.encoder.config._attn_implementation
+        sources = {**dict(model.named_parameters(remove_duplicate=False)), **(tensors or {})}
+        return built(cls, config, sources, model.generation_config)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        record_tie(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # T5's initialises embeddings by their weight, which of factorized ones is a product; the factors are initialised by themselves.
+        if not (module is self and self.config.embedding_rank is not None):
+            super()._init_weights(module)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As `PreTrainedModel.resize_token_embeddings`; a `ValueError` for factorized embeddings."""
+        if self.config.embedding_rank is not None and args + tuple(kwargs):
+            raise ValueError("factorized embeddings cannot be resized: resize those of the T5 that this was made of, and factorize again")
+        return super().resize_token_embeddings(*args, **kwargs)
+
+
+def structure_of(model: Any) -> dict[str, Any]:
+    """The fields of `CompactT5Config` that a T5, compact or not, has; a `ValueError` if it is none."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    known = (T5ForConditionalGeneration, MT5ForConditionalGeneration)
+    if not isinstance(model, known) or model_type not in ("t5", "mt5", CompactT5Config.model_type):
+        told = "assemble a size of the bank first" if model_type == "modular_t5" else "it takes a T5, an mT5, or what it made of one"
+        raise ValueError(f"cannot make {type(model).__name__} (model type {model_type!r}) compact: {told}")
+    fields = t5_fields(model.config)
+    # mT5's code never scales and its configuration does not say so.
+    fields.setdefault("scale_decoder_outputs", False)
+    return {**fields, **{name: getattr(model.config, name, None) for name in COMPACT_FIELDS if hasattr(model.config, name)}}
+
+
+def attention_at(model: T5ForConditionalGeneration, kind: str, layer: int) -> tuple[nn.Module, str]:
+    """The sublayer that an attention of `ATTENTIONS` is in, and its name there."""
+    if kind == "cross":
+        return model.decoder.block[layer].layer[1], "EncDecAttention"
+    return getattr(model, kind).block[layer].layer[0], "SelfAttention"
+
+
+def _refer(module: nn.Module, name: str, target: nn.Module) -> None:
+    """Let a module's child be another's: what is looked up is there, and what is saved, moved and trained is it where it is at home."""
+    del module._modules[name]
+    module.__dict__[name] = target
+
+
+def _share(module: nn.Module, other: nn.Module, *names: str) -> None:
+    for name in names:
+        _refer(module, name, getattr(other, name))
+
+
+def _share_block(block: T5Block, other: T5Block) -> None:
+    """All weights. Attention stays a layer's own module, for it has a place of its own in the cache."""
+    for sublayer, others in zip(block.layer, other.layer, strict=True):
+        _share(sublayer, others, "layer_norm")
+        for name in ("SelfAttention", "EncDecAttention"):
+            if hasattr(sublayer, name):
+                _share(getattr(sublayer, name), getattr(others, name), "q", "k", "v", "o")
+        if hasattr(sublayer, "DenseReluDense"):
+            _share(sublayer, others, "DenseReluDense")

@@ -1,0 +1,231 @@
+"""What all methods of the compact wing promise, one by one and in pairs: one matrix of methods and families of T5."""
+
+import copy
+import json
+import subprocess
+import sys
+from itertools import permutations, product
+
+import pytest
+import torch
+from conftest import VOCAB_SIZE, logits, make_bank, make_teacher, same
+from test_calibration import examples
+from transformers import (
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5ForConditionalGeneration,
+)
+
+from modular_t5 import (
+    CompactT5Config,
+    CompactT5ForConditionalGeneration,
+    factorize_embeddings,
+    merge_feed_forwards,
+    prune_heads,
+)
+
+
+def merge(model, tokenizer):
+    return merge_feed_forwards(model, examples(), tokenizer, {"encoder": 2}, description=None)
+
+
+def prune(model, tokenizer):
+    return prune_heads(model, examples(), tokenizer, 7, rounds=2, description=None)
+
+
+def factorize(model, tokenizer):
+    return factorize_embeddings(model, 6)
+
+
+METHODS = {"merge": merge, "prune": prune, "factorize": factorize}
+CHAINS = [*((name,) for name in METHODS), *permutations(METHODS, 2), tuple(METHODS)]
+FAMILIES = ["v1.0", "v1.1", "mt5", "byt5", "assembled"]
+
+
+def family(name):
+    return make_bank().assemble("1x2-2x2/3x2") if name == "assembled" else make_teacher(name)
+
+
+@pytest.fixture
+def tokenizer(pico_tokenizer):
+    return AutoTokenizer.from_pretrained(pico_tokenizer)
+
+
+def compacted(model, chain, tokenizer):
+    for method in chain:
+        model, report = METHODS[method](model, tokenizer)
+    return model, report
+
+
+def matrix():
+    """Every chain in every family; by default every chain in one, and the longest in all."""
+    for name, chain in product(FAMILIES, CHAINS):
+        marks = [] if name == "v1.1" or chain == CHAINS[-1] else [pytest.mark.slow]
+        yield pytest.param(name, chain, id=f"{name}-{'+'.join(chain)}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "chain"), matrix())
+def test_methods_alone_and_one_after_the_other(name, chain, tokenizer, inputs, tmp_path):
+    model = family(name)
+    before, generation = copy.deepcopy(model), model.generation_config.to_dict()
+    compact, report = compacted(model, chain, tokenizer)
+    # Its input is untouched, and nothing is shared with it.
+    assert same(model, before)
+    assert model.generation_config.to_dict() == generation == compact.generation_config.to_dict()
+    pointers = {parameter.data_ptr() for parameter in model.parameters()}
+    assert pointers.isdisjoint(parameter.data_ptr() for parameter in compact.parameters())
+    # As many parameters as it says.
+    assert report.parameters_after == compact.num_parameters() == sum(p.numel() for p in compact.parameters()) < model.num_parameters()
+    assert report.ratio > 1
+    # It runs, with the cache and without.
+    out = logits(compact, inputs)
+    assert out.isfinite().all()
+    passed = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "max_new_tokens": 7}
+    for decoding in ({}, {"num_beams": 3}):
+        ids = compact.generate(**passed, **decoding)
+        assert torch.equal(ids, compact.generate(**passed, **decoding, use_cache=False))
+    # It is saved and loaded to the bit, by its own class and the Auto classes.
+    compact.save_pretrained(tmp_path)
+    again, info = CompactT5ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert same(again, compact)
+    assert again.num_parameters() == compact.num_parameters()
+    assert torch.equal(logits(again, inputs), out)
+    for auto in (AutoModel, AutoModelForSeq2SeqLM):
+        assert type(auto.from_pretrained(tmp_path)) is CompactT5ForConditionalGeneration
+    # It is its configuration's shape.
+    config = CompactT5Config.from_pretrained(tmp_path)
+    shapes = {name: tensor.shape for name, tensor in CompactT5ForConditionalGeneration(config).state_dict().items()}
+    own = {name: tensor.shape for name, tensor in compact.state_dict().items()}
+    assert {name: shapes[name] for name in own} == own
+    # It trains, all of it.
+    compact.train()
+    compact(**inputs, labels=inputs["decoder_input_ids"]).loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in compact.parameters())
+
+
+@pytest.mark.parametrize("name", ["v1.0", "v1.1"])
+def test_ties_hold_through_training_copying_and_moving(name, tokenizer, tmp_path):
+    compact, _ = compacted(make_teacher(name), METHODS, tokenizer)
+    rows = [{"input_ids": [5, 6, 7, 1], "attention_mask": [1] * 4, "labels": [8, 9, 1]}] * 4
+    settings = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "steps", "save_steps": 1}
+    args = Seq2SeqTrainingArguments(tmp_path, max_steps=2, optim="sgd", learning_rate=0.1, **settings)
+    before = copy.deepcopy(compact)
+    Seq2SeqTrainer(compact, args, train_dataset=rows, processing_class=tokenizer).train()
+    assert not same(compact, before)
+    moved = copy.deepcopy(compact).to(torch.float64)
+    for model in (compact, moved, CompactT5ForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-2")):
+        assert len({id(block.layer[-1].DenseReluDense) for block in model.encoder.block}) == 5
+        assert model.encoder.embed_tokens is model.decoder.embed_tokens is model.shared
+        assert (model.lm_head.factors is model.shared) is (name == "v1.0")
+    checkpoint = tmp_path / "checkpoint-1"
+    resumed = CompactT5ForConditionalGeneration.from_pretrained(checkpoint)
+    Seq2SeqTrainer(resumed, args, train_dataset=rows, processing_class=tokenizer).train(resume_from_checkpoint=str(checkpoint))
+    torch.testing.assert_close(resumed.state_dict(), compact.state_dict())
+
+
+def test_tied_layers_run_one_layer_at_several_depths(inputs, tmp_path):
+    teacher = make_teacher("v1.1")
+    shared = CompactT5ForConditionalGeneration.from_t5(teacher, tied_layers={"encoder": [0, 0, 0, 3, 3, 3], "decoder": [0, 1, 1, 1, 1, 5]})
+    unrolled = make_teacher("v1.1")
+    with torch.no_grad():
+        for side, ties in shared.config.tied_layers.items():
+            blocks = getattr(unrolled, side).block
+            for layer, tie in enumerate(ties):
+                state = {name: t for name, t in blocks[tie].state_dict().items() if "relative_attention_bias" not in name}
+                blocks[layer].load_state_dict(state, strict=False)
+    assert torch.equal(logits(shared, inputs), logits(unrolled, inputs))
+    passed = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "max_new_tokens": 7}
+    assert torch.equal(shared.generate(**passed), unrolled.generate(**passed))
+    shared.save_pretrained(tmp_path)
+    assert torch.equal(logits(CompactT5ForConditionalGeneration.from_pretrained(tmp_path), inputs), logits(unrolled, inputs))
+    assert shared.num_parameters() < 0.5 * teacher.num_parameters()
+
+
+WITHOUT_THE_PACKAGE = """
+import json, sys
+sys.modules["modular_t5"] = None
+import torch
+from transformers import AutoModelForSeq2SeqLM
+model = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(json.dumps(model.generate(torch.tensor([[5, 6, 7, 1]]), max_new_tokens=6).tolist()))
+"""
+
+
+def test_it_loads_where_the_package_is_not(tokenizer, tmp_path):
+    compact, _ = compacted(make_teacher("v1.1"), METHODS, tokenizer)
+    compact.save_pretrained(tmp_path / "compact")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(tmp_path / "compact")],
+        cwd=tmp_path,
+        env={"HF_HOME": str(tmp_path / "cache"), "PATH": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == compact.generate(torch.tensor([[5, 6, 7, 1]]), max_new_tokens=6).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_types(dtype, tokenizer, inputs, tmp_path):
+    compact, _ = compacted(make_teacher("v1.1"), METHODS, tokenizer)
+    compact.save_pretrained(tmp_path)
+    loaded = CompactT5ForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.dtype == dtype
+    torch.testing.assert_close(logits(loaded, inputs).float(), logits(compact, inputs), rtol=0.1, atol=0.3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tied_feed_forwards": {"encoder": [0, 2, 2, 3, 4, 5], "decoder": range(6)}}, "that layer or an earlier one that has its own"),
+        ({"tied_feed_forwards": {"encoder": [0, 0, 1, 3, 4, 5], "decoder": list(range(6))}}, r"got \[0, 0, 1, 3, 4, 5\]"),
+        ({"tied_layers": {"encoder": [0] * 5, "decoder": [0] * 6}}, "for each of the 6 layers of the encoder"),
+        ({"tied_layers": [0] * 6}, "tied_layers is a mapping"),
+        ({"heads": {"encoder": [[0]] * 6, "decoder": [[0]] * 6, "cross": [[0]] * 5 + [[]]}}, "at least one; cross has"),
+        ({"heads": {"encoder": [[0]] * 6, "decoder": [[0]] * 6, "cross": [[0, 4]] * 6}}, "some of 0 to 3"),
+        ({"heads": {"encoder": [[0]] * 6}}, "heads is a mapping of encoder, decoder, cross"),
+        ({"embedding_rank": 17}, r"embedding_rank must be an integer from 1 to d_model \(16\)"),
+        ({"untied_head": True}, "true only with embedding_rank"),
+        ({"d_model": 10**9}, "d_model must be an integer from 1 to"),
+        (
+            {"tied_layers": {"encoder": [0] * 6, "decoder": [0] * 6}, "tied_feed_forwards": {"encoder": [0] * 6, "decoder": [0] * 6}},
+            "leave out tied_feed_forwards",
+        ),
+    ],
+)
+def test_a_configuration_that_cannot_be(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CompactT5Config(**{"num_layers": 6, "d_model": 16, "num_heads": 4, "vocab_size": VOCAB_SIZE, **fields})
+
+
+def test_what_ties_nothing_is_nothing():
+    every = {"encoder": list(range(6)), "decoder": list(range(6))}
+    heads = {kind: [[0, 1]] * 6 for kind in ("encoder", "decoder", "cross")}
+    config = CompactT5Config(num_layers=6, num_heads=2, tied_feed_forwards=every, heads=heads)
+    assert config.tied_feed_forwards is config.heads is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bank_is_assembled_first(method, tokenizer):
+    with pytest.raises(ValueError, match=r"model type 'modular_t5'\) compact: assemble a size of the bank first"):
+        METHODS[method](make_bank(), tokenizer)
+
+
+def test_factorized_embeddings_are_not_resized(tokenizer):
+    compact, _ = factorize(make_teacher(), tokenizer)
+    with pytest.raises(ValueError, match="resize those of the T5 that this was made of"):
+        compact.resize_token_embeddings(70)
+    assert compact.get_input_embeddings() is compact.shared
+    merged, _ = merge(make_teacher(), tokenizer)
+    assert merged.resize_token_embeddings(70).weight.shape[0] == 70
+
+
+def test_without_changes_it_is_the_same_model(teacher, inputs):
+    compact = CompactT5ForConditionalGeneration.from_t5(teacher)
+    assert torch.equal(logits(compact, inputs), logits(teacher, inputs))
+    assert isinstance(compact, T5ForConditionalGeneration)
