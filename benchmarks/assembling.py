@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import T5Config, T5ForConditionalGeneration
 
 from modular_t5 import ModularT5Config, ModularT5ForConditionalGeneration
-from modular_t5.measuring import environment, measure_speed, median_seconds
+from modular_t5.measuring import environment, measure_seconds, measure_speed
 from modular_t5.presenting import markdown_table
 
 
@@ -115,7 +115,7 @@ def main() -> None:
 
 def medians_ms(tasks: list[Callable[[], object]], rounds: int) -> list[float]:
     # Freeing memory is not what is timed; a model is only freed by the collector, and till then its memory is missing.
-    return [1000 * seconds for seconds in median_seconds(tasks, rounds=rounds, between=gc.collect)]
+    return [1000 * seconds for seconds in measure_seconds(tasks, rounds=rounds, between=gc.collect)]
 
 
 def farthest_from_one(ratios: dict[str, float]) -> float:

@@ -26,7 +26,7 @@ from assembling import SHAPE, SIZES
 from transformers import T5ForConditionalGeneration
 
 from modular_t5 import ModularT5Config, ModularT5ForConditionalGeneration
-from modular_t5.measuring import environment, median_seconds
+from modular_t5.measuring import environment, measure_seconds
 from modular_t5.presenting import markdown_table
 
 
@@ -71,7 +71,7 @@ def main() -> None:
             calls = [loader(folder / "bank", row["plan"]), loader(folder / "stock" / name, "")]
             until_read = [lambda call=call: touched(call()) for call in calls]
             for what, tasks in (("seconds", until_read), ("seconds, call alone", calls)):
-                row["lazily"][what], row["stock"][what] = median_seconds(tasks, rounds=args.rounds, between=gc.collect)
+                row["lazily"][what], row["stock"][what] = measure_seconds(tasks, rounds=args.rounds, between=gc.collect)
             print(name, json.dumps(row), flush=True)
     finally:
         shutil.rmtree(folder)

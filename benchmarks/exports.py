@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5For
 
 from modular_t5 import ModularT5ForConditionalGeneration
 from modular_t5.exports import to_ctranslate2
-from modular_t5.measuring import environment, median_seconds, write_json
+from modular_t5.measuring import environment, measure_seconds, write_json
 from modular_t5.pairs import Pairs, scores_of, signatures
 from modular_t5.presenting import markdown_table
 
@@ -68,7 +68,7 @@ def main() -> None:
             engines += made.values()
         timed = sources[: args.timed]
         tokens = [sum(map(len, engine(timed))) for engine in engines]
-        seconds = median_seconds([partial(engine, timed) for engine in engines], rounds=args.rounds, description="Timing")
+        seconds = measure_seconds([partial(engine, timed) for engine in engines], rounds=args.rounds, description="Timing")
     for row, count, each in zip(rows, tokens, seconds, strict=True):
         row["tokens_per_second"] = count / each
         row["speedup"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]

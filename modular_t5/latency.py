@@ -12,7 +12,7 @@ import torch
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, is_integer
 from .choosing_modular_t5 import Latency, is_number
-from .measuring import environment, median_seconds, write_json
+from .measuring import environment, lower_quartile, measure_seconds, write_json
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 
 
@@ -37,7 +37,7 @@ def measure_latency(
         batch_size: sources at a time.
         source_length, target_length: in tokens; every source is so long, and so many tokens are generated for each.
         num_beams: of beam search; 1 is greedy search.
-        rounds: of which the median counts.
+        rounds: of which the lower quartile counts, what is taken where the machine does little else.
         file: where measurements are kept. One of the same request, model, hardware and versions is taken from there, a new one added.
         description: of a progress bar; none without it.
 
@@ -67,7 +67,8 @@ def measure_latency(
     input_ids = torch.randint(3, config.vocab_size, (batch_size, source_length), generator=torch_random).to(bank.device)
     arguments = {"do_sample": False, "num_beams": num_beams, "min_new_tokens": target_length, "max_new_tokens": target_length}
     arguments |= {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    seconds = median_seconds([partial(model.generate, **arguments) for model in models], rounds=rounds, description=description)
+    tasks = [partial(model.generate, **arguments) for model in models]
+    seconds = measure_seconds(tasks, rounds=rounds, counts=lower_quartile, description=description)
     base, *blocks = fitted(plans, seconds)
     latency = Latency(base, dict(zip(SIDES, blocks, strict=True)), told["hardware"], made["request"])
     if file is not None:

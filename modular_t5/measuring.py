@@ -130,15 +130,26 @@ def generate_texts(
     return texts
 
 
-def median_seconds(
-    tasks: Sequence[Callable[[], Any]], *, rounds: int, between: Callable[[], Any] | None = None, description: str | None = None
+def lower_quartile(times: Sequence[float]) -> float:
+    """What a quarter of times stay below: what a task takes where little else goes on. All that a machine does besides only adds."""
+    return sorted(times)[(len(times) - 1) // 4]
+
+
+def measure_seconds(
+    tasks: Sequence[Callable[[], Any]],
+    *,
+    rounds: int,
+    counts: Callable[[Sequence[float]], float] = median,
+    between: Callable[[], Any] | None = None,
+    description: str | None = None,
 ) -> list[float]:
     """What each of the tasks takes.
 
-    They take turns within every round, each round begun by the next of them, so that what else the machine does meets all alike; the
-    median round counts. One round more warms up.
+    They take turns within every round, each round begun by the next of them, so that what else the machine does meets all alike. One
+    round more warms up.
 
     Args:
+        counts: of the times of a task's rounds, the one that counts.
         between: run after every task, when what the task returned is gone; not timed.
         description: of the progress bar; none without it.
     """
@@ -154,15 +165,15 @@ def median_seconds(
                 between()
             if repetition:
                 seconds[i].append(elapsed)
-    return [median(times) for times in seconds]
+    return [counts(times) for times in seconds]
 
 
 @torch.inference_mode()
 def measure_speed(
     models: Sequence[PreTrainedModel], inputs: dict[str, torch.Tensor], *, new_tokens: int, rounds: int = 5, description: str | None = None
 ) -> list[float]:
-    """Greedy tokens a second of each model (`median_seconds`), target tokens of the whole batch counted, all forced to the same length."""
+    """Greedy tokens a second of each model (`measure_seconds`), target tokens of the whole batch counted, all forced to the same length."""
     arguments = {"do_sample": False, "num_beams": 1, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
     tasks = [partial(model.generate, **inputs, **arguments) for model in models]
-    seconds = median_seconds(tasks, rounds=rounds, description=description)
+    seconds = measure_seconds(tasks, rounds=rounds, description=description)
     return [new_tokens * len(inputs["input_ids"]) / of_one for of_one in seconds]

@@ -1,4 +1,4 @@
-"""What a plan takes: the fit, what is kept in a file, what is refused. How near predictions come is for benchmarks/choosing.py."""
+"""What a plan takes: the fit, what is kept in a file, what is refused. How near predictions come is for benchmarks/latency.py."""
 
 import itertools
 import json
@@ -19,14 +19,14 @@ def timed(monkeypatch):
     """A machine on which generating takes 3 ms, 2 more for each encoder block and 5 for each decoder block; and what was generated."""
     generated = []
 
-    def median_seconds(tasks, *, rounds, description):
+    def measure_seconds(tasks, *, rounds, counts, description):
         for task in tasks:
             task()
             model = task.func.__self__
             generated.append((model, task.keywords))
         return [(3 + 2 * len(model.encoder.block) + 5 * len(model.decoder.block)) / 1000 for model, _ in generated[-len(tasks) :]]
 
-    monkeypatch.setattr("modular_t5.latency.median_seconds", median_seconds)
+    monkeypatch.setattr("modular_t5.latency.measure_seconds", measure_seconds)
     return generated
 
 

@@ -6,7 +6,7 @@ from conftest import make_teacher
 from transformers import AutoTokenizer
 
 from modular_t5 import ModularT5ForConditionalGeneration
-from modular_t5.measuring import generate_texts, measure_speed
+from modular_t5.measuring import generate_texts, lower_quartile, measure_seconds, measure_speed
 
 
 SOURCES = ["three trees", "a", "seven hundred and six large ships", "two books"]
@@ -29,6 +29,15 @@ def test_generation_arguments_reach_generate(tokenizer):
     model = make_teacher(vocab_size=len(tokenizer))
     with pytest.raises(ValueError, match="nonsense"):
         generate_texts(model, tokenizer, SOURCES, max_new_tokens=5, nonsense=1)
+
+
+def test_of_rounds_the_middle_or_a_quick_one_counts(monkeypatch):
+    """One task, whose rounds take 9 (which warms up), 5, 1, 2, 8 and 3 seconds."""
+    ends = iter([0, 9, 0, 5, 0, 1, 0, 2, 0, 8, 0, 3] * 2)
+    monkeypatch.setattr("modular_t5.measuring.time.perf_counter", lambda: float(next(ends)))
+    assert measure_seconds([lambda: None], rounds=5) == [3.0]
+    assert measure_seconds([lambda: None], rounds=5, counts=lower_quartile) == [2.0]
+    assert [lower_quartile(range(rounds)) for rounds in (1, 4, 5, 9)] == [0, 0, 1, 2]
 
 
 def test_speed_counts_the_tokens_of_the_batch(monkeypatch):
