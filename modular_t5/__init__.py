@@ -12,6 +12,7 @@ from .feed_forwards import merge_feed_forwards
 from .frontier import Frontier, measure_frontier
 from .heads import prune_heads
 from .latency import measure_latency
+from .layers import drop_layers, share_layers
 from .model_card import assembled_card, bank_card
 from .modeling_compact_t5 import CompactT5ForConditionalGeneration
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
@@ -49,10 +50,12 @@ __all__ = [
     "assembled_card",
     "bank_card",
     "calibrate",
+    "drop_layers",
     "factorize_embeddings",
     "measure_frontier",
     "measure_latency",
     "merge_feed_forwards",
     "prune_heads",
+    "share_layers",
     "trim_vocabulary",
 ]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -84,6 +84,11 @@ class AssemblyPlan:
 def is_integer(value: Any) -> bool:
     """Whether `value` is a whole number in type, numpy's included; True and False are not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """The same of any real number."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 PlanLike = AssemblyPlan | str | Mapping[str, Iterable[int]]

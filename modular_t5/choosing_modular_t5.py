@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 from .assembly_modular_t5 import (
@@ -14,6 +13,7 @@ from .assembly_modular_t5 import (
     canonical_tilings,
     cheapest_tilings,
     checked_plan,
+    is_number,
     teacher_plan,
 )
 
@@ -239,10 +239,6 @@ def the_one_budget(given: Mapping[str, Any], known: Iterable[str]) -> tuple[str,
     if name != "ratio" and not (is_number(bound) and 0 < bound < math.inf):
         raise ValueError(f"{name} must be a positive number, got {bound!r}")
     return name, bound
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _size_first(shape: BankShape) -> Iterator[AssemblyPlan]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .assembly_modular_t5 import SIDES, is_integer
+from .assembly_modular_t5 import SIDES, is_integer, is_number
 from .configuration_modular_t5 import CheckedT5Config, set_cache_depth
 
 
@@ -18,7 +18,7 @@ _AUTO_MAP = {
 }
 
 # What a compact T5's configuration has beside a T5's.
-COMPACT_FIELDS = ("embedding_rank", "heads", "tied_feed_forwards", "tied_layers", "untied_head")
+COMPACT_FIELDS = ("decoder_layerdrop", "embedding_rank", "encoder_layerdrop", "heads", "tied_feed_forwards", "tied_layers", "untied_head")
 
 
 class CompactT5Config(CheckedT5Config):
@@ -33,6 +33,7 @@ class CompactT5Config(CheckedT5Config):
             that it was made of; at least one.
         embedding_rank: dimensions that tokens go through on the way in and out.
         untied_head: of a model with `embedding_rank`, whether the head has factors of its own.
+        encoder_layerdrop, decoder_layerdrop: how likely a layer, but for the first of its side, is left out of a step of training.
         kwargs: every field of `T5Config`.
 
     Raises:
@@ -47,6 +48,8 @@ class CompactT5Config(CheckedT5Config):
     heads: Mapping[str, Sequence[Sequence[int]]] | None = None
     embedding_rank: int | None = None
     untied_head: bool = False
+    encoder_layerdrop: float = 0.0
+    decoder_layerdrop: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -64,6 +67,9 @@ class CompactT5Config(CheckedT5Config):
             raise ValueError(f"embedding_rank must be an integer from 1 to d_model ({self.d_model}), got {self.embedding_rank!r}")
         if not isinstance(self.untied_head, bool) or (self.untied_head and self.embedding_rank is None):
             raise ValueError(f"untied_head is true or false, and true only with embedding_rank; got {self.untied_head!r}")
+        for name in ("encoder_layerdrop", "decoder_layerdrop"):
+            if not is_number(rate := getattr(self, name)) or not 0 <= rate < 1:
+                raise ValueError(f"{name} must be a number from 0 to below 1, got {rate!r}")
         self.auto_map = dict(_AUTO_MAP)
         set_cache_depth(self)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .assembly_modular_t5 import SIDES, AssemblyPlan, is_integer
-from .choosing_modular_t5 import Latency, is_number
+from .assembly_modular_t5 import SIDES, AssemblyPlan, is_integer, is_number
+from .choosing_modular_t5 import Latency
 from .measuring import environment, lower_quartile, measure_seconds, write_json
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 

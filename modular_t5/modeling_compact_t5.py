@@ -4,7 +4,8 @@ T5's own modules and forwards run. The configuration alone says the shapes; what
 to, so that its tensors have one name: they are saved once, and stay tied whatever is done to the model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -97,6 +98,19 @@ class FactorizedHead(nn.Module):
         return self.factors.weight
 
 
+class LayerDropBlocks(nn.ModuleList):
+    """A stack's layers, of which training runs some: each but the first, which has the position biases, is left out at a rate."""
+
+    def __init__(self, blocks: nn.ModuleList, rate: float):
+        super().__init__(blocks._modules.values())
+        self.rate = rate
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for i, block in enumerate(self._modules.values()):
+            if not (i and self.training and torch.rand(()).item() < self.rate):
+                yield block
+
+
 class CompactT5ForConditionalGeneration(T5ForConditionalGeneration):
     """A T5 with fewer parameters inside. It trains, generates, saves and loads as any T5.
 
@@ -122,6 +136,9 @@ class CompactT5ForConditionalGeneration(T5ForConditionalGeneration):
                 if len(heads) < config.num_heads:
                     sublayer, name = attention_at(self, kind, layer)
                     setattr(sublayer, name, PrunedAttention(getattr(sublayer, name), heads))
+        for side in SIDES:
+            if rate := getattr(config, f"{side}_layerdrop"):
+                getattr(self, side).block = LayerDropBlocks(getattr(self, side).block, rate)
         if config.embedding_rank is not None:
             self.shared = FactorizedEmbedding(config)
             for side in SIDES:
@@ -188,6 +205,14 @@ def structure_of(model: Any) -> dict[str, Any]:
     # mT5's code never scales and its configuration does not say so.
     fields.setdefault("scale_decoder_outputs", False)
     return {**fields, **{name: getattr(model.config, name, None) for name in COMPACT_FIELDS if hasattr(model.config, name)}}
+
+
+def running_tensors(model: T5ForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """By the names that a T5 whose layers share nothing would have, the tensors that run there."""
+    ties = dict.fromkeys(("tied_feed_forwards", "tied_layers"))
+    with torch.device("meta"):
+        untied = CompactT5ForConditionalGeneration(CompactT5Config(**{**structure_of(model), **ties}))
+    return {name: attrgetter(name)(model) for name, _ in untied.named_parameters(remove_duplicate=False)}
 
 
 def attention_at(model: T5ForConditionalGeneration, kind: str, layer: int) -> tuple[nn.Module, str]:

@@ -22,9 +22,11 @@ from transformers import (
 from modular_t5 import (
     CompactT5Config,
     CompactT5ForConditionalGeneration,
+    drop_layers,
     factorize_embeddings,
     merge_feed_forwards,
     prune_heads,
+    share_layers,
 )
 
 
@@ -40,8 +42,19 @@ def factorize(model, tokenizer):
     return factorize_embeddings(model, 6)
 
 
-METHODS = {"merge": merge, "prune": prune, "factorize": factorize}
-CHAINS = [*((name,) for name in METHODS), *permutations(METHODS, 2), tuple(METHODS)]
+def drop(model, tokenizer):
+    return drop_layers(model, encoder=[1], decoder=[-1 + len(model.decoder.block)])
+
+
+def share(model, tokenizer):
+    return share_layers(model, {"encoder": len(model.encoder.block)})
+
+
+METHODS = {"drop": drop, "merge": merge, "prune": prune, "factorize": factorize, "share": share}
+# Layers that share all they have share feed-forwards and heads too.
+PAIRS = [pair for pair in permutations(METHODS, 2) if not ("share" in pair and {"merge", "prune"} & set(pair))]
+LONGEST = ("drop", "merge", "prune", "factorize")
+CHAINS = [*((name,) for name in METHODS), *PAIRS, LONGEST]
 FAMILIES = ["v1.0", "v1.1", "mt5", "byt5", "assembled"]
 
 
@@ -63,11 +76,11 @@ def compacted(model, chain, tokenizer):
 def matrix():
     """Every chain in every family; by default every chain in one, and the longest in all."""
     for name, chain in product(FAMILIES, CHAINS):
-        marks = [] if name == "v1.1" or chain == CHAINS[-1] else [pytest.mark.slow]
+        marks = [] if name == "v1.1" or chain == LONGEST else [pytest.mark.slow]
         yield pytest.param(name, chain, id=f"{name}-{'+'.join(chain)}", marks=marks)
 
 
-@pytest.mark.parametrize(("name", "chain"), matrix())
+@pytest.mark.parametrize(("name", "chain"), list(matrix()))
 def test_methods_alone_and_one_after_the_other(name, chain, tokenizer, inputs, tmp_path):
     model = family(name)
     before, generation = copy.deepcopy(model), model.generation_config.to_dict()
@@ -89,16 +102,16 @@ def test_methods_alone_and_one_after_the_other(name, chain, tokenizer, inputs, t
         assert torch.equal(ids, compact.generate(**passed, **decoding, use_cache=False))
     # It is saved and loaded to the bit, by its own class and the Auto classes.
     compact.save_pretrained(tmp_path)
-    again, info = CompactT5ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(compact) is (type(model) if chain == ("drop",) else CompactT5ForConditionalGeneration)
+    again, info = type(compact).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     assert same(again, compact)
     assert again.num_parameters() == compact.num_parameters()
     assert torch.equal(logits(again, inputs), out)
-    for auto in (AutoModel, AutoModelForSeq2SeqLM):
-        assert type(auto.from_pretrained(tmp_path)) is CompactT5ForConditionalGeneration
+    assert type(AutoModelForSeq2SeqLM.from_pretrained(tmp_path)) is type(compact)
     # It is its configuration's shape.
-    config = CompactT5Config.from_pretrained(tmp_path)
-    shapes = {name: tensor.shape for name, tensor in CompactT5ForConditionalGeneration(config).state_dict().items()}
+    config = type(compact.config).from_pretrained(tmp_path)
+    shapes = {name: tensor.shape for name, tensor in type(compact)(config).state_dict().items()}
     own = {name: tensor.shape for name, tensor in compact.state_dict().items()}
     assert {name: shapes[name] for name in own} == own
     # It trains, all of it.
@@ -109,7 +122,7 @@ def test_methods_alone_and_one_after_the_other(name, chain, tokenizer, inputs, t
 
 @pytest.mark.parametrize("name", ["v1.0", "v1.1"])
 def test_ties_hold_through_training_copying_and_moving(name, tokenizer, tmp_path):
-    compact, _ = compacted(make_teacher(name), METHODS, tokenizer)
+    compact, _ = compacted(make_teacher(name), LONGEST, tokenizer)
     rows = [{"input_ids": [5, 6, 7, 1], "attention_mask": [1] * 4, "labels": [8, 9, 1]}] * 4
     settings = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "steps", "save_steps": 1}
     args = Seq2SeqTrainingArguments(tmp_path, max_steps=2, optim="sgd", learning_rate=0.1, **settings)
@@ -118,7 +131,7 @@ def test_ties_hold_through_training_copying_and_moving(name, tokenizer, tmp_path
     assert not same(compact, before)
     moved = copy.deepcopy(compact).to(torch.float64)
     for model in (compact, moved, CompactT5ForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-2")):
-        assert len({id(block.layer[-1].DenseReluDense) for block in model.encoder.block}) == 5
+        assert len({id(block.layer[-1].DenseReluDense) for block in model.encoder.block}) == 4
         assert model.encoder.embed_tokens is model.decoder.embed_tokens is model.shared
         assert (model.lm_head.factors is model.shared) is (name == "v1.0")
     checkpoint = tmp_path / "checkpoint-1"
@@ -156,7 +169,7 @@ print(json.dumps(model.generate(torch.tensor([[5, 6, 7, 1]]), max_new_tokens=6).
 
 
 def test_it_loads_where_the_package_is_not(tokenizer, tmp_path):
-    compact, _ = compacted(make_teacher("v1.1"), METHODS, tokenizer)
+    compact, _ = compacted(make_teacher("v1.1"), LONGEST, tokenizer)
     compact.save_pretrained(tmp_path / "compact")
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(tmp_path / "compact")],
@@ -172,7 +185,7 @@ def test_it_loads_where_the_package_is_not(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_types(dtype, tokenizer, inputs, tmp_path):
-    compact, _ = compacted(make_teacher("v1.1"), METHODS, tokenizer)
+    compact, _ = compacted(make_teacher("v1.1"), LONGEST, tokenizer)
     compact.save_pretrained(tmp_path)
     loaded = CompactT5ForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
     assert loaded.dtype == dtype
@@ -223,6 +236,12 @@ def test_factorized_embeddings_are_not_resized(tokenizer):
     assert compact.get_input_embeddings() is compact.shared
     merged, _ = merge(make_teacher(), tokenizer)
     assert merged.resize_token_embeddings(70).weight.shape[0] == 70
+
+
+def test_the_auto_classes_know_it(tmp_path):
+    CompactT5ForConditionalGeneration.from_t5(make_teacher()).save_pretrained(tmp_path)
+    for auto in (AutoModel, AutoModelForSeq2SeqLM):
+        assert type(auto.from_pretrained(tmp_path)) is CompactT5ForConditionalGeneration
 
 
 def test_without_changes_it_is_the_same_model(teacher, inputs):

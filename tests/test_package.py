@@ -48,6 +48,7 @@ ROOMS = [
     "feed_forwards",
     "embeddings",
     "heads",
+    "layers",
     "trainer",
     "rebuilding",
     "exports",
