@@ -44,11 +44,10 @@ def built(
         for leaf in [leaf for leaf, parameter in module._parameters.items() if parameter is not None]:
             name = f"{path}.{leaf}"
             if name not in sources:
-                raise ValueError(
-                    f"there is no {name} in what {model_class.__name__} is built of: it is of plain T5 layers, so merge adapters first "
-                    "(merge_and_unload)"
-                )
+                raise ValueError(f"{model_class.__name__} needs {name}, which is not there; adapters are merged first (merge_and_unload)")
             tensor = sources[name]
+            if tensor.shape != (wanted := module._parameters[leaf].shape):
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, and by the configuration {tuple(wanted)}")
             if id(tensor) not in parameters:
                 own = tensor.detach().to(device=device, dtype=dtype_of(name, dtype))
                 parameters[id(tensor)] = nn.Parameter(own if share_weights or own.data_ptr() != tensor.data_ptr() else own.clone())
@@ -62,6 +61,6 @@ def record_tie(model: Any) -> None:
     """Let a T5's configuration say whether its head is tied to the embeddings.
 
     Of itself it says "tied" of every model. Where the head is a matrix of its own, the saved file must say so, or older transformers
-    and `tie_weights()` replace it by the embeddings.
+    and `tie_weights()` replace it by the embeddings. Where there is no matrix, but factors, these are tied by other means.
     """
-    model.config.tie_word_embeddings = model.lm_head.weight is model.shared.weight
+    model.config.tie_word_embeddings = "weight" in model.lm_head._parameters and model.lm_head.weight is model.shared.weight

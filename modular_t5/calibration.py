@@ -21,7 +21,7 @@ from .configuration_modular_t5 import checked_calibration
 from .distillation import Taught, log_probabilities, logit_loss
 from .layout_modular_t5 import running_own_parts
 from .lessons import with_decoder_inputs
-from .measuring import evaluating, labelled_batches
+from .measuring import evaluating, labelled_batches, on_device
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
 from .recording import Replay, SideRecord, recording
 
@@ -137,7 +137,7 @@ def _measured(
     tokens = 0
     with evaluating(bank), tqdm(total=len(batches) * len(plans), desc=description, disable=description is None, leave=False) as bar:
         for batch in batches:
-            examined = _Examined(bank, {name: tensor.to(bank.device) for name, tensor in batch.items()})
+            examined = _Examined(bank, on_device(batch, bank))
             tokens += examined.tokens
             for plan, total in totals.items():
                 for i, divergence in enumerate(examined.divergences(plan)):

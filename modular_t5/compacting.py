@@ -1,13 +1,14 @@
 """What the methods of the compact wing have in common: what they report, and the loss that they are judged by."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, T5ForConditionalGeneration
 
-from .measuring import evaluating
+from .measuring import evaluating, on_device
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,13 @@ class CompactReport:
 
 @torch.inference_mode()
 def mean_loss(model: T5ForConditionalGeneration, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
-    """Cross-entropy of the labels, in nats a token."""
+    """Cross-entropy of the labels, in nats a token; a `ValueError` if it is no number."""
     total, tokens = 0.0, 0
     with evaluating(model):
         for batch in batches:
             counted = int((batch["labels"] != -100).sum())
-            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            total += model(**inputs, use_cache=False).loss.item() * counted
+            total += model(**on_device(batch, model), use_cache=False).loss.item() * counted
             tokens += counted
+    if not math.isfinite(total):
+        raise ValueError(f"the loss of the examples is no number in {model.dtype}: take the model in float32, or look at its weights")
     return total / tokens
-
-
-def check_keys(name: str, given: Any, known: Sequence[str]) -> None:
-    """A `ValueError` if a mapping has a key that is not among those known."""
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"{name} has no {unknown[0]!r}; it takes {', '.join(known)}")

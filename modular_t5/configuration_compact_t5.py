@@ -1,6 +1,6 @@
 """The configuration of a T5 that is smaller inside its layers: a T5's, and every change of structure as a plain field."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .assembly_modular_t5 import SIDES, is_integer, is_number
@@ -65,6 +65,7 @@ class CompactT5Config(CheckedT5Config):
             raise ValueError("layers that share their weights share their heads: heads cannot be pruned layer by layer")
         if self.embedding_rank is not None and not (is_integer(self.embedding_rank) and 1 <= self.embedding_rank <= self.d_model):
             raise ValueError(f"embedding_rank must be an integer from 1 to d_model ({self.d_model}), got {self.embedding_rank!r}")
+        self.embedding_rank = None if self.embedding_rank is None else int(self.embedding_rank)
         if not isinstance(self.untied_head, bool) or (self.untied_head and self.embedding_rank is None):
             raise ValueError(f"untied_head is true or false, and true only with embedding_rank; got {self.untied_head!r}")
         for name in ("encoder_layerdrop", "decoder_layerdrop"):
@@ -104,3 +105,11 @@ def _checked_heads(given: Any, layers: Mapping[str, int], num_heads: int) -> dic
                 raise ValueError(f"the heads of a layer are some of 0 to {num_heads - 1}, ascending, at least one; {kind} has {heads!r}")
     checked = {kind: [list(map(int, heads)) for heads in given[kind]] for kind in ATTENTIONS}
     return checked if any(len(heads) < num_heads for of_layers in checked.values() for heads in of_layers) else None
+
+
+def check_keys(name: str, given: Any, known: Iterable[str]) -> None:
+    """A `ValueError` if what is given is no mapping, or has a key that is not among those known."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{name} is a mapping with keys of {', '.join(known)}, got {given!r}")
+    if unknown := sorted(set(given) - set(known), key=str):
+        raise ValueError(f"{name} has no {unknown[0]!r}; it takes {', '.join(known)}")

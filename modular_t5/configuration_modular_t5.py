@@ -57,7 +57,6 @@ _READ = {
     *("num_decoder_layers", "num_heads", "num_layers", "pad_token_id", "prefix", "relative_attention_max_distance"),
     *("relative_attention_num_buckets", "scale_decoder_outputs", "task_specific_params", "tie_word_embeddings", "transformers_version"),
     *("use_cache", "vocab_size"),
-    *_OWN_FIELDS,
 }
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -83,6 +82,17 @@ class CheckedT5Config(T5Config):
             raise ValueError(f"scale_decoder_outputs must be true or false, got {self.scale_decoder_outputs!r}")
         if self.dense_act_fn not in ACT2FN:
             raise ValueError(f"unknown activation {self.dense_act_fn!r} (feed_forward_proj is {self.feed_forward_proj!r})")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `PreTrainedConfig.from_dict`, but what the model does not know is ignored, and keywords are validated with the rest."""
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__dataclass_fields__}
+        read = _READ | (set(cls.__dataclass_fields__) - set(T5Config.__dataclass_fields__))
+        try:
+            known = {name: value for name, value in config_dict.items() if name in read}
+            return super().from_dict({**known, **overrides}, **kwargs)
+        except (TypeError, AttributeError, KeyError, StrictDataclassError) as error:
+            raise ValueError(f"the configuration of a {cls.model_type} is not as it must be: {error}") from error
 
 
 class ModularT5Config(CheckedT5Config):
@@ -145,16 +155,6 @@ class ModularT5Config(CheckedT5Config):
         self.auto_map = dict(_AUTO_MAP)
         set_cache_depth(self)
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `PreTrainedConfig.from_dict`, but what a bank does not know is ignored, and keywords are validated with the rest."""
-        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__dataclass_fields__}
-        try:
-            known = {name: value for name, value in config_dict.items() if name in _READ}
-            return super().from_dict({**known, **overrides}, **kwargs)
-        except (TypeError, AttributeError, KeyError, StrictDataclassError) as error:
-            raise ValueError(f"the configuration of a bank is not as it must be: {error}") from error
-
 
 def _checked_mapping(name: str, given: Any, types: Mapping[str, type]) -> dict[str, Any]:
     """`given` with a key for each of `types`, None where there is none."""
@@ -197,7 +197,8 @@ def _finite(score: Any) -> float:
 
 def t5_fields(config: T5Config) -> dict[str, Any]:
     """What a configuration, of a bank or of a T5, says of a T5."""
-    return {name: value for name, value in config.to_dict().items() if name not in _BANK_FIELDS}
+    fields = {name: value for name, value in config.to_dict().items() if name not in _BANK_FIELDS}
+    return {"scale_decoder_outputs": False, **fields}  # mT5's code never scales, and its configuration does not say so
 
 
 def stock_config(config: ModularT5Config, depths: tuple[int, int]) -> T5Config:

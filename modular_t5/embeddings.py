@@ -7,7 +7,6 @@ often they occur.
 import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -33,20 +32,27 @@ def weighted_factors(matrix_VD: torch.Tensor, rank: int, weights_V: torch.Tensor
 
     The singular values are divided between both alike. Weights are above zero.
     """
-    roots_V1 = weights_V.double().sqrt()[:, None]
-    left_VR, values_R, right_RD = torch.linalg.svd(roots_V1 * matrix_VD.double(), full_matrices=False)
+    roots_V1 = weights_V.cpu().double().sqrt()[:, None]  # some accelerators have no float64
+    left_VR, values_R, right_RD = torch.linalg.svd(roots_V1 * matrix_VD.cpu().double(), full_matrices=False)
     scale_R = values_R[:rank].sqrt()
-    return (left_VR[:, :rank] * scale_R / roots_V1).to(matrix_VD), (scale_R[:, None] * right_RD[:rank]).to(matrix_VD)
+    tokens_VR, projection_RD = left_VR[:, :rank] * scale_R / roots_V1, scale_R[:, None] * right_RD[:rank]
+    return tokens_VR.contiguous().to(matrix_VD), projection_RD.contiguous().to(matrix_VD)
 
 
 def count_tokens(dataset: Iterable[Mapping[str, Any]], vocab_size: int) -> torch.Tensor:
-    """How often each token occurs in `input_ids` and `labels` of examples, (vocab_size,)."""
-    ids = (i for row in dataset for i in chain(row["input_ids"], row.get("labels", ())) if i >= 0)
-    return torch.bincount(torch.tensor([*ids], dtype=torch.long), minlength=vocab_size)
+    """How often each token occurs in `input_ids` and `labels` of examples, (vocab_size,); a `ValueError` for one beyond."""
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for row in dataset:
+        ids = torch.tensor([*row["input_ids"], *(label for label in row.get("labels") or () if label != -100)], dtype=torch.long)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+            raise ValueError(f"the tokens are 0 to {vocab_size - 1}; an example has {ids.max().item()} or {ids.min().item()}")
+        counts += torch.bincount(ids, minlength=vocab_size)
+    return counts
 
 
+@torch.no_grad()
 def factorize_embeddings(
-    model: T5ForConditionalGeneration, rank: int, *, token_counts: Sequence[int] | torch.Tensor | None = None
+    model: T5ForConditionalGeneration, rank: int, *, token_counts: Mapping[int, float] | Sequence[float] | torch.Tensor | None = None
 ) -> tuple[CompactT5ForConditionalGeneration, CompactReport]:
     """Let tokens go through `rank` dimensions on their way in and out, by the same factors where the head is tied to the embeddings.
 
@@ -55,13 +61,14 @@ def factorize_embeddings(
     Args:
         model: a T5; left alone.
         rank: from 1 to its `d_model`. Parameters are saved where it is below d_model * vocab_size / (d_model + vocab_size).
-        token_counts: of each token, as of `count_tokens`; one more is added to each. By default all count alike.
+        token_counts: of each token, as of `count_tokens`, or by token, 0 for the others; one more is added to each. By default all
+            count alike.
 
     Returns:
         The model and a report: the rank; the error is that of the embeddings, weighed, relative to their size.
 
     Raises:
-        ValueError: the rank is out of range, the counts are not one a token, or the embeddings are factorized already.
+        ValueError: the rank is out of range, the counts are not one a token, or the embeddings are factorized already or no numbers.
     """
     structure = structure_of(model)
     if structure.get("embedding_rank") is not None:
@@ -69,15 +76,19 @@ def factorize_embeddings(
     vocab_size, d_model = model.shared.weight.shape
     if not is_integer(rank) or not 1 <= rank <= d_model:
         raise ValueError(f"rank must be an integer from 1 to d_model ({d_model}), got {rank!r}")
+    if isinstance(token_counts, Mapping):
+        token_counts = [token_counts.get(token, 0) for token in range(vocab_size)]
     counts = torch.zeros(vocab_size) if token_counts is None else torch.as_tensor(token_counts)
-    if counts.shape != (vocab_size,) or not bool((counts >= 0).all()):
-        raise ValueError(f"token_counts must be {vocab_size} numbers of at least 0, a token each, got {tuple(counts.shape)}")
+    if counts.shape != (vocab_size,) or not bool(((counts >= 0) & counts.isfinite()).all()):
+        raise ValueError(f"token_counts must be {vocab_size} finite numbers of at least 0, a token each, got {tuple(counts.shape)}")
     weights = (counts + 1).to(model.device)
     untied = model.lm_head.weight is not model.shared.weight
     matrices = {"shared": model.shared.weight, **({"lm_head.factors": model.lm_head.weight} if untied else {})}
-    factors = {prefix: weighted_factors(matrix.detach(), rank, weights) for prefix, matrix in matrices.items()}
+    if not all(matrix.isfinite().all() for matrix in matrices.values()):
+        raise ValueError("some embeddings are no numbers")
+    factors = {prefix: weighted_factors(matrix, rank, weights) for prefix, matrix in matrices.items()}
     tensors = {f"{prefix}.tokens.weight": tokens for prefix, (tokens, _) in factors.items()}
-    tensors |= {f"{prefix}.projection.weight": projection.T.contiguous() for prefix, (_, projection) in factors.items()}
+    tensors |= {f"{prefix}.projection": projection for prefix, (_, projection) in factors.items()}
     compact = CompactT5ForConditionalGeneration.from_t5(model, tensors, embedding_rank=rank, untied_head=untied)
     roots = weights.sqrt()[:, None]
     missed = (roots * (model.shared.weight - compact.shared.weight)).norm() / (roots * model.shared.weight).norm()
@@ -89,8 +100,9 @@ def trim_vocabulary(
 ) -> tuple[T5ForConditionalGeneration, PreTrainedTokenizerBase, CompactReport]:
     """Leave out every token that texts do not use: a model of the same class, stock if it was, and its tokenizer.
 
-    Texts whose tokens are all left are split as before, and the model does with them what it did, for the others never come up: a Unigram
-    tokenizer takes the likeliest pieces, and those are still there.
+    These texts are split as before, and the model does with them what it did: a Unigram tokenizer takes the likeliest pieces, which are
+    still there, like the least likely of all, by which it weighs what it does not know. Their tokens have other numbers, so a dataset is
+    tokenized again.
 
     Args:
         model: a T5; left alone, like the tokenizer.
@@ -99,19 +111,24 @@ def trim_vocabulary(
         keep: tokens that stay in any case, beside padding, end of text and unknown.
 
     Returns:
-        The model, the tokenizer, and a report: the ids that are left, in their new order (`token_ids`).
+        The model, a `PreTrainedTokenizerFast`, and a report: the ids that are left, in their new order (`token_ids`).
 
     Raises:
-        ValueError: the tokenizer is of another kind, or a token to keep is none.
+        ValueError: the tokenizer is of another kind or another model's, there are no texts, or a token to keep is none.
     """
-    structure_of(model)
-    if structure := getattr(model.config, "embedding_rank", None):
-        raise ValueError(f"the embeddings are factorized (rank {structure}); trim the vocabulary before")
+    if rank := structure_of(model).get("embedding_rank"):
+        raise ValueError(f"the embeddings are factorized (rank {rank}); trim the vocabulary before")
+    if isinstance(texts, str) or isinstance(keep, str):
+        raise ValueError("texts and keep are several strings each; put the one into a list")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = json.loads(backend.to_str()) if isinstance(backend, Tokenizer) else {"model": {"type": None}}
     if described["model"]["type"] != "Unigram":
         raise ValueError(f"a vocabulary can be trimmed where the tokenizer is of the Unigram kind, not {type(tokenizer).__name__}")
-    kept = _kept_ids(model, tokenizer, texts, keep)
+    pieces = described["model"]["vocab"]
+    least_likely = min(range(len(pieces)), key=lambda i: pieces[i][1])
+    kept = sorted({least_likely} | _kept_ids(model, tokenizer, list(texts), keep))
+    if kept[-1] >= len(model.shared.weight):
+        raise ValueError(f"the tokenizer has a token {kept[-1]}, the model {len(model.shared.weight)} tokens: it is another model's")
     renumbered = {old: new for new, old in enumerate(kept)}
     config, generation_config = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
     config.vocab_size = len(kept)
@@ -127,11 +144,11 @@ def trim_vocabulary(
     return trimmed, _trimmed_tokenizer(tokenizer, described, renumbered), CompactReport.of(model, trimmed, 0.0, token_ids=kept)
 
 
-def _kept_ids(
-    model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], keep: Iterable[str]
-) -> list[int]:
-    """Ascending: what texts use, what is special, what is to stay."""
-    ids = {i for text in texts for i in tokenizer(text).input_ids}
+def _kept_ids(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, texts: list[str], keep: Iterable[str]) -> set[int]:
+    """What texts use, what is special, what is to stay."""
+    if not texts:
+        raise ValueError("there are no texts to see what tokens they use")
+    ids = {i for row in tokenizer(texts).input_ids for i in row}
     vocabulary = tokenizer.get_vocab()
     for token in keep:
         if token not in vocabulary:
@@ -142,7 +159,7 @@ def _kept_ids(
         for name in _SPECIAL_IDS:
             value = getattr(told, name, None)
             ids |= set(value) if isinstance(value, list) else set() if value is None else {value}
-    return sorted(ids)
+    return ids
 
 
 def _renumber(told: Any, renumbered: Mapping[int, int]) -> None:
@@ -168,7 +185,9 @@ def _trimmed_tokenizer(
     for token in ((described.get("post_processor") or {}).get("special_tokens") or {}).values():
         token["ids"] = [renumbered[i] for i in token["ids"]]
     special = {name: token for name in _SPECIAL_TOKENS if (token := getattr(tokenizer, name, None)) is not None}
+    ids = tokenizer.get_vocab()
     return PreTrainedTokenizerFast(
+        extra_special_tokens=[token for token in tokenizer.extra_special_tokens if ids[token] in renumbered],
         tokenizer_object=Tokenizer.from_str(json.dumps(described)),
         model_max_length=tokenizer.model_max_length,
         padding_side=tokenizer.padding_side,

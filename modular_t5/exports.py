@@ -44,6 +44,8 @@ def to_ctranslate2(
     except ImportError as error:
         raise ImportError("to_ctranslate2 needs ctranslate2: pip install ctranslate2") from error
     _check(model)
+    if getattr(model.config, "heads", None) is not None:
+        raise ValueError("CTranslate2 takes all attention of a model to have as many heads, and some of this one's are gone; use to_onnx")
     if quantization not in (None, *QUANTIZATIONS):
         raise ValueError(f"unknown quantization {quantization!r}; choose one of {', '.join(QUANTIZATIONS)}, or None")
 

@@ -6,7 +6,9 @@ real text; the permuted weights are averaged and tied. Training afterwards, by a
 Source: Verma, Murray, Duh, "Merging Feed-Forward Sublayers for Compressed Transformers", arXiv 2501.06126.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,8 +17,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, T5ForConditionalGeneration
 
 from .assembly_modular_t5 import SIDES, is_integer
-from .compacting import CompactReport, check_keys, mean_loss
-from .measuring import evaluating, labelled_batches
+from .compacting import CompactReport, mean_loss
+from .configuration_compact_t5 import check_keys
+from .measuring import evaluating, labelled_batches, on_device
 from .modeling_compact_t5 import CompactT5ForConditionalGeneration, structure_of
 
 
@@ -47,23 +50,29 @@ def averaged(of_many: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.T
 
 
 class FeatureMoments:
-    """Second moments of the hidden features of feed-forwards of a side, summed up over tokens.
+    """Second moments of the hidden features of a side's feed-forwards, summed up over tokens.
+
+    Features are taken relative to their means in the first batch, so that float32 is enough.
 
     Args:
-        layers: of the side.
-        pairs: of layers whose features are compared, the first of a run and another.
+        pairs: of layers whose features are compared. Each holds a matrix (features, features), which is what this needs memory for.
     """
 
-    def __init__(self, layers: int, pairs: Iterable[tuple[int, int]]):
+    def __init__(self, pairs: Iterable[tuple[int, int]]):
         self._tokens = 0
-        self._sums: list[Any] = [0.0] * layers
-        self._squares: list[Any] = [0.0] * layers
+        self._origins: list[torch.Tensor] = []
+        self._sums: list[torch.Tensor] = []
+        self._squares: list[torch.Tensor] = []
         self._products: dict[tuple[int, int], Any] = dict.fromkeys(pairs, 0.0)
 
     def add(self, features_TF: Sequence[torch.Tensor]) -> None:
         """Of a batch, by layer."""
+        features_TF = [of_layer.float() for of_layer in features_TF]
+        if not self._tokens:
+            self._origins = [of_layer.mean(0) for of_layer in features_TF]
+            self._sums, self._squares = ([torch.zeros_like(origin) for origin in self._origins] for _ in range(2))
         self._tokens += len(features_TF[0])
-        features_TF = [of_layer.double() for of_layer in features_TF]
+        features_TF = [of_layer - origin for of_layer, origin in zip(features_TF, self._origins, strict=True)]
         for layer, of_layer in enumerate(features_TF):
             self._sums[layer] += of_layer.sum(0)
             self._squares[layer] += of_layer.square().sum(0)
@@ -76,16 +85,25 @@ class FeatureMoments:
 
     def correlation(self, first: int, other: int) -> torch.Tensor:
         """The same, by the features' deviations; 0 for a feature that never changes."""
-        deviations = [self._deviation(layer)[:, None] for layer in (first, other)]
-        return (self.covariance(first, other) / (deviations[0] * deviations[1].T)).nan_to_num(0.0, 0.0, 0.0)
+        one, two = (self._deviation(layer) for layer in (first, other))
+        return (self.covariance(first, other) / torch.outer(one, two)).nan_to_num(0.0, 0.0, 0.0)
+
+    @cache  # noqa: B019 - it lives as long as what it is of
+    def permutation(self, first: int, other: int) -> torch.Tensor:
+        """`aligning_permutation` of the correlation."""
+        return aligning_permutation(self.correlation(first, other))
 
     def similarity(self, first: int, other: int) -> float:
-        """Linear centered kernel alignment, 1 for features that are the same up to rotation and scale (arXiv 1905.00414)."""
+        """Linear centered kernel alignment: 1 for features that are the same up to rotation and scale, 0 for features that never change.
+
+        Source: Kornblith et al., "Similarity of Neural Network Representations Revisited", arXiv 1905.00414.
+        """
         cross, one, two = (self.covariance(*pair).square().sum() for pair in ((first, other), (first, first), (other, other)))
-        return (cross / (one * two).sqrt()).item()
+        return (cross / (one * two).sqrt()).nan_to_num(0.0).item()
 
     def _deviation(self, layer: int) -> torch.Tensor:
-        return (self._squares[layer] / self._tokens - (self._sums[layer] / self._tokens).square()).clamp(min=0).sqrt()
+        deviation = (self._squares[layer] / self._tokens - (self._sums[layer] / self._tokens).square()).clamp(min=0).sqrt()
+        return torch.where(deviation > 1e-5 * self._origins[layer].abs(), deviation, 0.0)  # less is rounding
 
 
 def merge_feed_forwards(
@@ -101,7 +119,10 @@ def merge_feed_forwards(
 ) -> tuple[CompactT5ForConditionalGeneration, CompactReport]:
     """Replace a run of consecutive feed-forwards of a side by one that their layers share. Norms stay a layer's own.
 
-    Of all places where a run may begin the one is taken that costs the least on the examples: the mean loss of their labels.
+    Of all places where a run may begin the one is taken after which the mean loss of the examples' labels is the least.
+
+    Features are compared in memory of d_ff x d_ff numbers for each pair of layers that may share one, a side at a time; with `start`
+    there are few.
 
     Args:
         model: a T5; left alone.
@@ -113,31 +134,30 @@ def merge_feed_forwards(
         description: of the progress bars; none without it.
 
     Returns:
-        The model and a report: which layers of each side share one (`encoder`, `decoder`), what each place cost (`losses`); the error is
-        the loss that was added, in nats a token.
+        The model and a report: which layers of each side share one (`encoder`, `decoder`), the loss with each place where there were
+        several (`losses`); the error is the loss that was added, in nats a token.
 
     Raises:
         ValueError: a run is not of 2 layers to all, does not fit where it is to start, or goes over feed-forwards that are shared
-            already; or there are no examples.
+            already; there are no examples, or their loss is no number.
         ImportError: scipy is not installed.
     """
     ties = _ties(model)
     runs = _checked_runs(model, dict.fromkeys(SIDES, run) if not isinstance(run, Mapping) else run, ties)
-    starts = _checked_starts(start or {}, runs, ties)
+    starts = _checked_starts({} if start is None else start, runs, ties)
     batches = labelled_batches(model, dataset, processing_class, batch_size)
-    moments = _moments(model, batches, {side: _pairs(starts[side], runs[side]) for side in runs}, description) if align else {}
-    losses: dict[str, dict[int, float]] = {side: {} for side in runs}
-    chosen = {}
-    candidates = [(side, begin) for side in runs for begin in starts[side] if len(starts[side]) > 1]
-    for side, begin in tqdm(candidates, desc=description, disable=description is None, leave=False):
-        losses[side][begin] = mean_loss(_merged(model, ties, {side: range(begin, begin + runs[side])}, moments), batches)
-    for side in runs:
-        begin = min(starts[side], key=lambda begin, side=side: losses[side].get(begin, 0.0))
-        chosen[side] = range(begin, begin + runs[side])
-    merged = _merged(model, ties, chosen, moments)
-    error = mean_loss(merged, batches) - mean_loss(model, batches)
-    told = {side: list(layers) for side, layers in chosen.items()}
-    return merged, CompactReport.of(model, merged, error, **told, losses=losses)
+    loss, merged, losses, chosen = mean_loss(model, batches), model, {}, {}
+    for side, run in runs.items():
+        moments = _moments(model, batches, side, _pairs(starts[side], run), description) if align else None
+        losses[side] = {
+            begin: mean_loss(_merged(model, side, range(begin, begin + run), moments), batches)
+            for begin in tqdm(starts[side], desc=description, disable=description is None, leave=False)
+            if len(starts[side]) > 1
+        }
+        begin = min(losses[side] or starts[side], key=losses[side].get)
+        chosen[side] = list(range(begin, begin + run))
+        merged = _merged(merged, side, chosen[side], moments)
+    return merged, CompactReport.of(model, merged, mean_loss(merged, batches) - loss, **chosen, losses=losses)
 
 
 def feed_forward_similarity(
@@ -152,12 +172,12 @@ def feed_forward_similarity(
 
     Arguments and errors as of `merge_feed_forwards`.
     """
-    layers = {side: len(getattr(model, side).block) for side in SIDES}
-    pairs = {side: [(i, j) for i in range(count) for j in range(count)] for side, count in layers.items()}
-    moments = _moments(model, labelled_batches(model, dataset, processing_class, batch_size), pairs, description)
-    return {
-        side: torch.tensor([[moments[side].similarity(i, j) for j in range(count)] for i in range(count)]) for side, count in layers.items()
-    }
+    batches, similar = labelled_batches(model, dataset, processing_class, batch_size), {}
+    for side in SIDES:
+        layers = range(len(getattr(model, side).block))
+        moments = _moments(model, batches, side, [(i, j) for i in layers for j in layers[i:]], description)
+        similar[side] = torch.tensor([[moments.similarity(min(i, j), max(i, j)) for j in layers] for i in layers])
+    return similar
 
 
 def _ties(model: T5ForConditionalGeneration) -> dict[str, list[int]]:
@@ -166,7 +186,7 @@ def _ties(model: T5ForConditionalGeneration) -> dict[str, list[int]]:
     if structure.get("tied_layers"):
         raise ValueError("this model's layers share all their weights, feed-forwards too: merge feed-forwards of one without tied_layers")
     layers = {"encoder": structure["num_layers"], "decoder": structure["num_decoder_layers"]}
-    return structure.get("tied_feed_forwards") or {side: list(range(layers[side])) for side in SIDES}
+    return copy.deepcopy(structure.get("tied_feed_forwards")) or {side: list(range(layers[side])) for side in SIDES}
 
 
 def _checked_runs(model: T5ForConditionalGeneration, runs: Mapping[str, int], ties: Mapping[str, list[int]]) -> dict[str, int]:
@@ -188,7 +208,7 @@ def _checked_starts(given: Mapping[str, int], runs: Mapping[str, int], ties: Map
         fitting = [begin for begin in range(len(ties[side]) - run + 1) if shared.isdisjoint(range(begin, begin + run))]
         if not fitting:
             raise ValueError(f"no {run} consecutive feed-forwards of the {side} are left that are not shared: {ties[side]}")
-        if side in given and given[side] not in fitting:
+        if side in given and not (is_integer(given[side]) and given[side] in fitting):
             raise ValueError(f"a run of {run} in the {side} may start at {', '.join(map(str, fitting))}; got {given[side]!r}")
         possible[side] = [given[side]] if side in given else fitting
     return possible
@@ -202,29 +222,27 @@ def _pairs(starts: Iterable[int], run: int) -> set[tuple[int, int]]:
 def _moments(
     model: T5ForConditionalGeneration,
     batches: Sequence[Mapping[str, torch.Tensor]],
-    pairs: Mapping[str, Iterable[tuple[int, int]]],
+    side: str,
+    pairs: Iterable[tuple[int, int]],
     description: str | None,
-) -> dict[str, FeatureMoments]:
-    """Of the features that feed-forwards make of the examples, padding left out."""
-    moments = {side: FeatureMoments(len(getattr(model, side).block), pairs[side]) for side in pairs}
+) -> FeatureMoments:
+    """Of the features that a side's feed-forwards make of the examples, padding left out."""
+    moments = FeatureMoments(pairs)
+    features: list[torch.Tensor] = []
+    # Layers that share a feed-forward have one, whose hook is called by each of them.
+    last = dict.fromkeys(block.layer[-1].DenseReluDense.wo for block in getattr(model, side).block)
     with evaluating(model):
         for batch in tqdm(batches, desc=description, disable=description is None, leave=False):
-            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            masks = {"encoder": inputs["attention_mask"].bool(), "decoder": inputs["labels"] != -100}
-            features: dict[str, list[torch.Tensor]] = {side: [] for side in pairs}
-            # Layers that share a feed-forward have one, whose hook is called by each of them.
-            hooks = [
-                last.register_forward_pre_hook(_recorder(features[side], masks[side]))
-                for side in pairs
-                for last in dict.fromkeys(block.layer[-1].DenseReluDense.wo for block in getattr(model, side).block)
-            ]
+            inputs = on_device(batch, model)
+            mask_BT = inputs["attention_mask"].bool() if side == "encoder" else inputs["labels"] != -100
+            hooks = [matrix.register_forward_pre_hook(_recorder(features, mask_BT)) for matrix in last]
             try:
                 model(**inputs, use_cache=False)
             finally:
                 for hook in hooks:
                     hook.remove()
-            for side in pairs:
-                moments[side].add(features[side])
+            moments.add(features)
+            features.clear()
     return moments
 
 
@@ -238,22 +256,17 @@ def _recorder(found: list[torch.Tensor], mask_BT: torch.Tensor) -> Callable[[nn.
 
 
 def _merged(
-    model: T5ForConditionalGeneration,
-    ties: Mapping[str, list[int]],
-    chosen: Mapping[str, Sequence[int]],
-    moments: Mapping[str, FeatureMoments],
+    model: T5ForConditionalGeneration, side: str, layers: Sequence[int], moments: FeatureMoments | None
 ) -> CompactT5ForConditionalGeneration:
-    """A model whose chosen layers share the mean of their feed-forwards, matched with the first."""
-    tied, tensors = {side: list(of_side) for side, of_side in ties.items()}, {}
-    for side, layers in chosen.items():
-        first, blocks = layers[0], getattr(model, side).block
-        aligned = []
-        for layer in layers:
-            weights = dict(blocks[layer].layer[-1].DenseReluDense.named_parameters())
-            if layer != first and moments:
-                weights = permuted(weights, aligning_permutation(moments[side].correlation(first, layer)).to(model.device))
-            aligned.append(weights)
-            tied[side][layer] = first
-        path = f"{side}.block.{first}.layer.{len(blocks[first].layer) - 1}.DenseReluDense"
-        tensors |= {f"{path}.{name}": tensor for name, tensor in averaged(aligned).items()}
-    return CompactT5ForConditionalGeneration.from_t5(model, tensors, tied_feed_forwards=tied)
+    """A model whose `layers` share the mean of their feed-forwards, matched with the first where there are moments."""
+    ties, first, aligned = _ties(model), layers[0], []
+    for layer in layers:
+        feed_forward = getattr(model, side).block[layer].layer[-1].DenseReluDense
+        weights = dict(feed_forward.named_parameters())
+        if layer != first and moments is not None:
+            weights = permuted(weights, moments.permutation(first, layer).to(model.device))
+        aligned.append(weights)
+        ties[side][layer] = first
+    path = f"{side}.block.{first}.layer.{len(getattr(model, side).block[first].layer) - 1}.DenseReluDense"
+    tensors = {f"{path}.{name}": tensor for name, tensor in averaged(aligned).items()}
+    return CompactT5ForConditionalGeneration.from_t5(model, tensors, tied_feed_forwards=ties)

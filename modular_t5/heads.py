@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase, T5ForConditionalGeneration
 
 from .assembly_modular_t5 import is_integer
 from .compacting import CompactReport, mean_loss
-from .configuration_compact_t5 import ATTENTIONS
-from .measuring import evaluating, labelled_batches
-from .modeling_compact_t5 import CompactT5ForConditionalGeneration, attention_at, structure_of
+from .configuration_compact_t5 import ATTENTIONS, check_keys
+from .measuring import evaluating, labelled_batches, on_device
+from .modeling_compact_t5 import CompactT5ForConditionalGeneration, attention_path, structure_of
 from .presenting import figure_class
 
 
+@torch.inference_mode(False)
 def head_importance(
     model: T5ForConditionalGeneration,
     dataset: Sequence[Mapping[str, Any]],
@@ -42,14 +43,14 @@ def head_importance(
         By kind of attention (`encoder`, `decoder`, `cross`), (layers, heads); 0 for heads that are gone.
 
     Raises:
-        ValueError: there are no examples, or one has no labels.
+        ValueError: there are no examples, or one has no labels; or what comes out are no numbers.
     """
     heads, num_heads = _heads(model), model.config.num_heads
     importance = {kind: torch.zeros(len(of_layers), num_heads) for kind, of_layers in heads.items()}
     batches = labelled_batches(model, dataset, processing_class, batch_size)
     with evaluating(model), torch.enable_grad():
         for batch in tqdm(batches, desc=description, disable=description is None, leave=False):
-            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            inputs = on_device(batch, model)
             gates = {
                 (kind, layer): torch.ones(len(inputs["labels"]), len(of_layer), device=model.device, requires_grad=True)
                 for kind, of_layers in heads.items()
@@ -58,6 +59,8 @@ def head_importance(
             derivatives = torch.autograd.grad(_summed_loss(model, inputs, gates), list(gates.values()))
             for (kind, layer), derivative_BH in zip(gates, derivatives, strict=True):
                 importance[kind][layer, heads[kind][layer]] += derivative_BH.abs().sum(0).cpu()
+    if not all(of_kind.isfinite().all() for of_kind in importance.values()):
+        raise ValueError(f"derivatives of the loss are no numbers in {model.dtype}: take the model in float32, or look at its weights")
     return {kind: nn.functional.normalize(of_kind, dim=-1) for kind, of_kind in importance.items()}
 
 
@@ -78,8 +81,8 @@ def prune_heads(
         model: a T5; left alone.
         dataset, processing_class, batch_size: as of `head_importance`.
         count: how many heads go.
-        max_parameters: in its place, of the model afterwards; as few go as need to.
-        rounds: in so many equal parts, importance weighed anew before each.
+        max_parameters: in its place, of the model afterwards; as few go as need to, none if it has no more.
+        rounds: in so many equal parts, importance weighed anew before each; at most as many as heads go.
         description: of the progress bars; none without it.
 
     Returns:
@@ -92,9 +95,9 @@ def prune_heads(
     heads = _heads(model)
     most = sum(len(of_layer) - 1 for of_layers in heads.values() for of_layer in of_layers)
     count = _checked_count(model, count, max_parameters, most)
-    if not is_integer(rounds) or not 1 <= rounds <= max(count, 1):
-        raise ValueError(f"rounds must be an integer from 1 to the {count} heads that go, got {rounds!r}")
-    pruned, importance = model, {}
+    if not is_integer(rounds) or rounds < 1:
+        raise ValueError(f"rounds must be a positive integer, got {rounds!r}")
+    rounds, pruned, importance = min(rounds, max(count, 1)), model, {}
     for done in range(rounds):
         importance = head_importance(pruned, dataset, processing_class, batch_size=batch_size, description=description)
         heads = without_least(_heads(pruned), importance, count * (done + 1) // rounds - count * done // rounds)
@@ -126,11 +129,15 @@ def plot_heads(importance: Mapping[str, torch.Tensor], path: str | os.PathLike, 
     """A heat map of what `head_importance` returns, a row a layer, a column a head.
 
     Raises:
+        ValueError: there is none, or of another kind of attention.
         ImportError: matplotlib is not installed.
     """
+    check_keys("importance", importance, list(ATTENTIONS))
+    if not importance:
+        raise ValueError("there is no importance of any head to draw")
     figure = figure_class("plot_heads")(figsize=(8, 4.5), dpi=150, layout="constrained")
     names = {"encoder": "encoder", "decoder": "decoder", "cross": "decoder, over the source"}
-    for axes, (kind, of_kind) in zip(figure.subplots(1, len(importance)), importance.items(), strict=True):
+    for axes, (kind, of_kind) in zip(figure.subplots(1, len(importance), squeeze=False)[0], importance.items(), strict=True):
         shown = axes.imshow(of_kind.numpy(), vmin=0, vmax=max(float(each.max()) for each in importance.values()), aspect="auto")
         axes.set_title(names[kind], fontsize=9)
         axes.set_xlabel("head")
@@ -180,8 +187,7 @@ def _summed_loss(
 
     hooks = []
     for (kind, layer), gate_BH in gates.items():
-        sublayer, name = attention_at(model, kind, layer)
-        hooks.append(getattr(sublayer, name).o.register_forward_pre_hook(gate(gate_BH)))
+        hooks.append(model.get_submodule(attention_path(kind, layer)).o.register_forward_pre_hook(gate(gate_BH)))
     labels = inputs["labels"]
     try:
         logits = model(**inputs, use_cache=False).logits
@@ -197,11 +203,9 @@ def _with_heads(model: T5ForConditionalGeneration, heads: Mapping[str, list[list
     tensors, d_kv = {}, model.config.d_kv
     for kind, of_layers in _heads(model).items():
         for layer, of_layer in enumerate(of_layers):
-            sublayer, name = attention_at(model, kind, layer)
-            place = 1 if kind == "cross" else 0
-            path = f"{ATTENTIONS[kind]}.block.{layer}.layer.{place}.{name}"
+            path = attention_path(kind, layer)
             columns = [of_layer.index(head) * d_kv + i for head in heads[kind][layer] for i in range(d_kv)]
-            attention = getattr(sublayer, name)
+            attention = model.get_submodule(path)
             tensors |= {f"{path}.{matrix}.weight": getattr(attention, matrix).weight[columns] for matrix in "qkv"}
             tensors[f"{path}.o.weight"] = attention.o.weight[:, columns]
     return CompactT5ForConditionalGeneration.from_t5(model, tensors, heads=heads)

@@ -53,6 +53,7 @@ def measure_latency(
     made = {
         "hardware": told["hardware"],
         "versions": told["versions"],
+        "counts": lower_quartile.__name__,
         "request": {**request, "dtype": str(bank.dtype).removeprefix("torch."), "device": bank.device.type},
         "model": {name: getattr(config, name) for name in _DIMENSIONS} | {"attention": bank.encoder.config._attn_implementation},
         "generation": bank.generation_config.to_diff_dict(),

@@ -12,8 +12,8 @@ from transformers import T5ForConditionalGeneration
 
 from .assembly_modular_t5 import SIDES, is_integer
 from .building_modular_t5 import built
-from .compacting import CompactReport, check_keys
-from .configuration_compact_t5 import ATTENTIONS
+from .compacting import CompactReport
+from .configuration_compact_t5 import ATTENTIONS, check_keys
 from .configuration_modular_t5 import INITIALIZATIONS, set_cache_depth
 from .layout_modular_t5 import BIAS_TABLE
 from .modeling_compact_t5 import CompactT5ForConditionalGeneration, running_tensors, structure_of

@@ -70,13 +70,14 @@ def write_json(path: str | os.PathLike, document: Any) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it, a model is in evaluation mode."""
-    was_training = model.training
+    """Within it, a model is in evaluation mode; afterwards every part is in its own again."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 # Of an example, what a T5 reads.
@@ -89,10 +90,15 @@ def labelled_batches(
     """Padded, of examples of like length, on the CPU; a `ValueError` if there are none, or one has no labels."""
     rows = [{name: row[name] for name in _COLUMNS if name in row} for row in dataset]
     if not rows or not all(any(label != -100 for label in row.get("labels", ())) for row in rows):
-        raise ValueError("calibrating needs examples, each with labels; " + ("one has none" if rows else "there are none"))
+        raise ValueError("examples are needed, each with labels; " + ("one has none" if rows else "there are none"))
     rows.sort(key=lambda row: len(row["labels"]))
     collator = DataCollatorForSeq2Seq(processing_class, model=model)
     return [{**batch} for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator)]
+
+
+def on_device(batch: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The batch where the model is."""
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 @torch.inference_mode()
@@ -131,7 +137,7 @@ def generate_texts(
 
 
 def lower_quartile(times: Sequence[float]) -> float:
-    """What a quarter of times stay below: what a task takes where little else goes on. All that a machine does besides only adds."""
+    """Of nine times the third, of five the second: what a task takes where little else goes on, for that only adds."""
     return sorted(times)[(len(times) - 1) // 4]
 
 

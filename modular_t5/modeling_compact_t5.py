@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
+from transformers import initialization as init
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block
 
 from .assembly_modular_t5 import SIDES
 from .building_modular_t5 import built, record_tie
-from .configuration_compact_t5 import COMPACT_FIELDS, CompactT5Config
+from .configuration_compact_t5 import ATTENTIONS, COMPACT_FIELDS, CompactT5Config, check_keys
 from .configuration_modular_t5 import t5_fields
 
 
@@ -59,37 +60,51 @@ class PrunedAttention(T5Attention):
         return bias
 
 
+class SharedAttention(T5Attention):
+    """T5's attention with the matrices of another layer's, looked up there whenever it runs; its place in the cache is its own.
+
+    Args:
+        like: the attention that it stands in for.
+        owner: the one that has the matrices.
+    """
+
+    def __init__(self, like: T5Attention, owner: T5Attention):
+        super().__init__(like.config, like.has_relative_attention_bias, like.layer_idx, like.is_causal)
+        for name in "qkvo":
+            del self._modules[name]
+        self.__dict__["owner"] = owner
+
+    q, k, v, o = (property(lambda self, name=name: getattr(self.owner, name)) for name in "qkvo")
+
+
 class FactorizedEmbedding(nn.Module):
     """Embeddings (vocabulary, d_model) as a product (vocabulary, rank) (rank, d_model)."""
 
     def __init__(self, config: CompactT5Config):
         super().__init__()
         self.tokens = nn.Embedding(config.vocab_size, config.embedding_rank)
-        self.projection = nn.Linear(config.embedding_rank, config.d_model, bias=False)
+        self.projection = nn.Parameter(torch.empty(config.embedding_rank, config.d_model))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Ids of any shape -> (..., d_model)."""
-        return self.projection(self.tokens(input_ids))
+        return self.tokens(input_ids) @ self.projection
 
     @property
     def weight(self) -> torch.Tensor:
         """The product, made anew at each call."""
-        return self.tokens.weight @ self.projection.weight.T
+        return self.tokens.weight @ self.projection
 
 
 class FactorizedHead(nn.Module):
-    """The head by factorized embeddings: those of the input, which stay theirs, or its own."""
+    """The head by factorized embeddings: those of the input, or its own."""
 
-    def __init__(self, factors: FactorizedEmbedding, own: bool):
+    def __init__(self, factors: FactorizedEmbedding):
         super().__init__()
-        if own:
-            self.factors = factors
-        else:
-            self.__dict__["factors"] = factors
+        self.factors = factors
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """States (..., d_model) -> logits (..., vocabulary)."""
-        in_rank = nn.functional.linear(hidden_states, self.factors.projection.weight.T)
+        in_rank = nn.functional.linear(hidden_states, self.factors.projection)
         return nn.functional.linear(in_rank, self.factors.tokens.weight)
 
     @property
@@ -130,21 +145,22 @@ class CompactT5ForConditionalGeneration(T5ForConditionalGeneration):
                     _share_block(blocks[layer], blocks[tie])
             for layer, tie in enumerate((config.tied_feed_forwards or {}).get(side, ())):
                 if tie != layer:
-                    _share(blocks[layer].layer[-1], blocks[tie].layer[-1], "DenseReluDense")
+                    _refer(blocks[layer].layer[-1], "DenseReluDense", blocks[tie].layer[-1].DenseReluDense)
         for kind, of_layers in (config.heads or {}).items():
             for layer, heads in enumerate(of_layers):
                 if len(heads) < config.num_heads:
-                    sublayer, name = attention_at(self, kind, layer)
-                    setattr(sublayer, name, PrunedAttention(getattr(sublayer, name), heads))
+                    path = attention_path(kind, layer)
+                    self.set_submodule(path, PrunedAttention(self.get_submodule(path), heads))
         for side in SIDES:
             if rate := getattr(config, f"{side}_layerdrop"):
                 getattr(self, side).block = LayerDropBlocks(getattr(self, side).block, rate)
         if config.embedding_rank is not None:
-            self.shared = FactorizedEmbedding(config)
-            for side in SIDES:
-                _refer(getattr(self, side), "embed_tokens", self.shared)
-            self.lm_head = FactorizedHead(FactorizedEmbedding(config) if config.untied_head else self.shared, own=config.untied_head)
-            self._tied_weights_keys = {}
+            self.set_input_embeddings(FactorizedEmbedding(config))
+            self.lm_head = FactorizedHead(FactorizedEmbedding(config) if config.untied_head else self.shared)
+            places = ["encoder.embed_tokens", "decoder.embed_tokens", *([] if config.untied_head else ["lm_head.factors"])]
+            self._tied_weights_keys = {
+                f"{place}.{factor}": f"shared.{factor}" for place in places for factor in ("tokens.weight", "projection")
+            }
         self.post_init()
 
     @classmethod
@@ -164,16 +180,22 @@ class CompactT5ForConditionalGeneration(T5ForConditionalGeneration):
         Args:
             model: a T5, whatever its code, or a compact one.
             tensors: those that are other than the model's of that name, or that it has not.
-            changes: fields of `CompactT5Config`.
+            changes: of the fields that `CompactT5Config` has beside a T5's.
+
+        Returns:
+            In evaluation mode, all of it trainable.
 
         Raises:
-            ValueError: the model is no T5, or the configuration is not possible.
+            ValueError: the model is no T5, or the configuration is not possible, or tensors do not fit it.
         """
+        check_keys("from_t5", changes, COMPACT_FIELDS)
         config = CompactT5Config(**{**structure_of(model), **changes})
         config.name_or_path = model.config.name_or_path
         config._attn_implementation = model.encoder.config._attn_implementation
         sources = {**dict(model.named_parameters(remove_duplicate=False)), **(tensors or {})}
-        return built(cls, config, sources, model.generation_config)
+        compact = built(cls, config, sources, model.generation_config)
+        check_keys("tensors", tensors or {}, dict(compact.named_parameters(remove_duplicate=False)))
+        return compact
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -182,16 +204,27 @@ class CompactT5ForConditionalGeneration(T5ForConditionalGeneration):
         record_tie(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """As `PreTrainedModel.get_expanded_tied_weights_keys`; factorized embeddings are tied whatever `tie_word_embeddings` says."""
+        if not isinstance(self.shared, FactorizedEmbedding):
+            return super().get_expanded_tied_weights_keys(all_submodels)
+        return dict(self._tied_weights_keys)
+
     def _init_weights(self, module: nn.Module) -> None:
-        # T5's initialises embeddings by their weight, which of factorized ones is a product; the factors are initialised by themselves.
-        if not (module is self and self.config.embedding_rank is not None):
+        if isinstance(module, FactorizedEmbedding):
+            init.normal_(module.projection, mean=0.0, std=self.config.initializer_factor * self.config.embedding_rank**-0.5)
+        elif module is self and self.config.embedding_rank is not None:
+            pass  # T5's would initialise the embeddings' weight, which is a product
+        elif not isinstance(module, SharedAttention):
             super()._init_weights(module)
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """As `PreTrainedModel.resize_token_embeddings`; a `ValueError` for factorized embeddings."""
-        if self.config.embedding_rank is not None and args + tuple(kwargs):
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """As `PreTrainedModel.resize_token_embeddings`; a `ValueError` for another number of factorized embeddings."""
+        if self.config.embedding_rank is None:
+            return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens not in (None, self.config.vocab_size):
             raise ValueError("factorized embeddings cannot be resized: resize those of the T5 that this was made of, and factorize again")
-        return super().resize_token_embeddings(*args, **kwargs)
+        return self.shared
 
 
 def structure_of(model: Any) -> dict[str, Any]:
@@ -201,10 +234,9 @@ def structure_of(model: Any) -> dict[str, Any]:
     if not isinstance(model, known) or model_type not in ("t5", "mt5", CompactT5Config.model_type):
         told = "assemble a size of the bank first" if model_type == "modular_t5" else "it takes a T5, an mT5, or what it made of one"
         raise ValueError(f"cannot make {type(model).__name__} (model type {model_type!r}) compact: {told}")
-    fields = t5_fields(model.config)
-    # mT5's code never scales and its configuration does not say so.
-    fields.setdefault("scale_decoder_outputs", False)
-    return {**fields, **{name: getattr(model.config, name, None) for name in COMPACT_FIELDS if hasattr(model.config, name)}}
+    if any(".base_layer." in name for name, _ in model.named_parameters()):
+        raise ValueError("there are adapters in this model, which are layers of their own: merge them first (merge_and_unload)")
+    return {**t5_fields(model.config), **{name: getattr(model.config, name) for name in COMPACT_FIELDS if hasattr(model.config, name)}}
 
 
 def running_tensors(model: T5ForConditionalGeneration) -> dict[str, torch.Tensor]:
@@ -215,11 +247,9 @@ def running_tensors(model: T5ForConditionalGeneration) -> dict[str, torch.Tensor
     return {name: attrgetter(name)(model) for name, _ in untied.named_parameters(remove_duplicate=False)}
 
 
-def attention_at(model: T5ForConditionalGeneration, kind: str, layer: int) -> tuple[nn.Module, str]:
-    """The sublayer that an attention of `ATTENTIONS` is in, and its name there."""
-    if kind == "cross":
-        return model.decoder.block[layer].layer[1], "EncDecAttention"
-    return getattr(model, kind).block[layer].layer[0], "SelfAttention"
+def attention_path(kind: str, layer: int) -> str:
+    """Where in a T5 an attention of `ATTENTIONS` is."""
+    return f"{ATTENTIONS[kind]}.block.{layer}.layer.{'1.EncDec' if kind == 'cross' else '0.Self'}Attention"
 
 
 def _refer(module: nn.Module, name: str, target: nn.Module) -> None:
@@ -228,17 +258,12 @@ def _refer(module: nn.Module, name: str, target: nn.Module) -> None:
     module.__dict__[name] = target
 
 
-def _share(module: nn.Module, other: nn.Module, *names: str) -> None:
-    for name in names:
-        _refer(module, name, getattr(other, name))
-
-
 def _share_block(block: T5Block, other: T5Block) -> None:
-    """All weights. Attention stays a layer's own module, for it has a place of its own in the cache."""
+    """All weights, but for relative position biases."""
     for sublayer, others in zip(block.layer, other.layer, strict=True):
-        _share(sublayer, others, "layer_norm")
+        _refer(sublayer, "layer_norm", others.layer_norm)
         for name in ("SelfAttention", "EncDecAttention"):
             if hasattr(sublayer, name):
-                _share(getattr(sublayer, name), getattr(others, name), "q", "k", "v", "o")
+                setattr(sublayer, name, SharedAttention(getattr(sublayer, name), getattr(others, name)))
         if hasattr(sublayer, "DenseReluDense"):
-            _share(sublayer, others, "DenseReluDense")
+            _refer(sublayer, "DenseReluDense", others.DenseReluDense)

@@ -142,8 +142,6 @@ class ModularT5ForConditionalGeneration(OwnPartsMixin, T5ForConditionalGeneratio
             teacher, commit = load_teacher(teacher, **kwargs)
 
         fields = t5_fields(teacher.config)
-        # mT5's code never scales and its configuration does not say so.
-        fields.setdefault("scale_decoder_outputs", False)
         named = {"name_or_path": teacher.config.name_or_path, "revision": commit}
         config = ModularT5Config(**fields, granularities=granularities, initialization=initialization, teacher=named)
         config.name_or_path = teacher.config.name_or_path

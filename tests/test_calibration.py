@@ -124,7 +124,7 @@ def test_a_calibrated_bank_is_the_same_bank_with_its_scores(inputs, tokenizer, t
     "rows", [[], [{"input_ids": [1, 2]}, {"input_ids": [1], "labels": [1]}], [{"input_ids": [1, 2], "labels": [-100, -100]}]], ids=str
 )
 def test_examples_without_labels_are_refused(rows, tokenizer):
-    with pytest.raises(ValueError, match="calibrating needs examples, each with labels"):
+    with pytest.raises(ValueError, match="examples are needed, each with labels"):
         calibrate(ModularT5ForConditionalGeneration.from_t5(make_teacher()), rows, tokenizer, description=None)
 
 

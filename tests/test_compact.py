@@ -9,6 +9,8 @@ from itertools import permutations, product
 import pytest
 import torch
 from conftest import VOCAB_SIZE, logits, make_bank, make_teacher, same
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from test_calibration import examples
 from transformers import (
     AutoModel,
@@ -28,6 +30,7 @@ from modular_t5 import (
     prune_heads,
     share_layers,
 )
+from modular_t5.exports import to_ctranslate2
 
 
 def merge(model, tokenizer):
@@ -233,7 +236,7 @@ def test_factorized_embeddings_are_not_resized(tokenizer):
     compact, _ = factorize(make_teacher(), tokenizer)
     with pytest.raises(ValueError, match="resize those of the T5 that this was made of"):
         compact.resize_token_embeddings(70)
-    assert compact.get_input_embeddings() is compact.shared
+    assert compact.resize_token_embeddings() is compact.get_input_embeddings() is compact.shared
     merged, _ = merge(make_teacher(), tokenizer)
     assert merged.resize_token_embeddings(70).weight.shape[0] == 70
 
@@ -242,6 +245,79 @@ def test_the_auto_classes_know_it(tmp_path):
     CompactT5ForConditionalGeneration.from_t5(make_teacher()).save_pretrained(tmp_path)
     for auto in (AutoModel, AutoModelForSeq2SeqLM):
         assert type(auto.from_pretrained(tmp_path)) is CompactT5ForConditionalGeneration
+
+
+CHANGED = {
+    "tied layers": lambda: share_layers(make_teacher("v1.1"), 3)[0],
+    "factorized": lambda: factorize_embeddings(make_teacher("v1.0"), 6)[0],
+    "factorized, untied": lambda: factorize_embeddings(make_teacher("v1.1"), 6)[0],
+}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
+@pytest.mark.parametrize("targets", [["q", "v"], ["wi_0", "wi", "wo"], "all-linear"], ids=str)
+@pytest.mark.parametrize("name", CHANGED)
+def test_adapters_do_as_what_they_are_merged_into(name, targets, inputs):
+    compact = CHANGED[name]()
+    adapted = get_peft_model(compact, LoraConfig(target_modules=targets, init_lora_weights=False)).eval()
+    before = logits(adapted, inputs)
+    torch.testing.assert_close(logits(adapted.merge_and_unload(), inputs), before, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(before, logits(CHANGED[name](), inputs), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_are_merged_first(method, tokenizer):
+    model = make_teacher()
+    model.add_adapter(LoraConfig(target_modules=["q", "v"]))
+    with pytest.raises(ValueError, match=r"there are adapters in this model.*merge them first"):
+        METHODS[method](model, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["v1.0", "v1.1"])
+def test_a_side_of_a_factorized_model_has_its_embeddings(name, inputs, tmp_path):
+    compact, _ = factorize_embeddings(make_teacher(name), 6)
+    encoder = compact.get_encoder()
+    assert {p.dtype for p in copy.deepcopy(encoder).to(torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert encoder.embed_tokens is compact.shared
+    encoder.save_pretrained(tmp_path)
+    assert any("embed_tokens.projection" in name for name in load_file(tmp_path / "model.safetensors"))
+    compact.save_pretrained(tmp_path / "whole")
+    saved = load_file(tmp_path / "whole" / "model.safetensors")
+    assert sum(tensor.numel() for tensor in saved.values()) == compact.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "changes", "message"),
+    [
+        ({"shared.weight": torch.zeros(3, 3)}, {}, r"shared.weight is \(3, 3\), and by the configuration \(61, 16\)"),
+        ({"nonsense.weight": torch.zeros(3)}, {}, "tensors has no 'nonsense.weight'"),
+        ({}, {"embeding_rank": 4}, "from_t5 has no 'embeding_rank'; it takes decoder_layerdrop, embedding_rank"),
+        ({}, {"d_ff": 12}, "from_t5 has no 'd_ff'"),
+        ({}, {"embedding_rank": 4}, "needs shared.projection, which is not there"),
+        (
+            {},
+            {"heads": {kind: [[0]] * 6 for kind in ("encoder", "decoder", "cross")}},
+            r"q.weight is \(16, 16\), and by",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit(tensors, changes, message):
+    with pytest.raises(ValueError, match=message):
+        CompactT5ForConditionalGeneration.from_t5(make_teacher(), tensors, **changes)
+
+
+@pytest.mark.parametrize("fields", [{"embedding_rank": 99}, {"heads": "abc"}, {"tied_feed_forwards": [1]}, {"untied_head": "x"}], ids=str)
+def test_fields_that_are_given_on_loading_are_checked(fields, tmp_path):
+    CompactT5ForConditionalGeneration.from_t5(make_teacher()).save_pretrained(tmp_path)
+    for loading in (CompactT5Config, CompactT5ForConditionalGeneration):
+        with pytest.raises(ValueError, match=next(iter(fields))):
+            loading.from_pretrained(tmp_path, **fields)
+
+
+def test_what_ctranslate2_would_take_for_another_model_is_refused(tokenizer, tmp_path):
+    pytest.importorskip("ctranslate2", reason="pip install ctranslate2")
+    with pytest.raises(ValueError, match="as many heads, and some of this one's are gone"):
+        to_ctranslate2(prune(make_teacher(), tokenizer)[0], tokenizer, tmp_path / "out")
 
 
 def test_without_changes_it_is_the_same_model(teacher, inputs):

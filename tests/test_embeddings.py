@@ -55,8 +55,18 @@ def test_what_is_tied_stays_tied(name, inputs):
 
 
 def test_counting():
-    rows = [{"input_ids": [3, 3, 1], "labels": [4, -100]}, {"input_ids": [5]}]
+    rows = [{"input_ids": [3, 3, 1], "labels": [4, -100]}, {"input_ids": [5]}, {"input_ids": [], "labels": None}]
     assert count_tokens(rows, 7).tolist() == [0, 1, 0, 2, 1, 1, 0]
+    with pytest.raises(ValueError, match="the tokens are 0 to 4; an example has 5"):
+        count_tokens(rows, 5)
+    model, counts = make_teacher(), {3: 5.0, 4: 1}
+    by_token, by_place = (factorize_embeddings(model, 4, token_counts=c)[0] for c in (counts, [counts.get(i, 0) for i in range(61)]))
+    assert torch.equal(by_token.shared.weight, by_place.shared.weight)
+
+
+def test_a_number_of_numpys_is_saved(tmp_path):
+    factorize_embeddings(make_teacher(), np.int64(4))[0].save_pretrained(tmp_path)
+    assert CompactT5ForConditionalGeneration.from_pretrained(tmp_path).config.embedding_rank == 4
 
 
 @pytest.mark.parametrize(
@@ -65,8 +75,9 @@ def test_counting():
         ({"rank": 0}, r"rank must be an integer from 1 to d_model \(16\), got 0"),
         ({"rank": 17}, "got 17"),
         ({"rank": 2.5}, "got 2.5"),
-        ({"rank": 4, "token_counts": [1, 2]}, "token_counts must be 61 numbers of at least 0"),
+        ({"rank": 4, "token_counts": [1, 2]}, "token_counts must be 61 finite numbers of at least 0"),
         ({"rank": 4, "token_counts": [-1] * 61}, "at least 0"),
+        ({"rank": 4, "token_counts": [np.inf] * 61}, "finite numbers"),
     ],
 )
 def test_what_cannot_be_factorized(arguments, message):
@@ -124,12 +135,58 @@ def test_pieces_that_win_a_text_still_do():
     made = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     model = make_teacher(vocab_size=len(made))
     _, small, _ = trim_vocabulary(model, made, ["abab", "ca"], keep=["bc"])
-    assert set(small.get_vocab()) == {"<pad>", "</s>", "<unk>", "ab", "a", "c", "bc"}
+    assert set(small.get_vocab()) == {"<pad>", "</s>", "<unk>", "ab", "a", "c", "bc"}  # "bc" is the least likely too
     for text in ("abab", "ca", "caab"):
         assert small.convert_ids_to_tokens(small(text).input_ids) == made.convert_ids_to_tokens(made(text).input_ids)
     assert small.convert_ids_to_tokens(small("b").input_ids) == ["<unk>"]
     with pytest.raises(ValueError, match="no token 'xyz' to keep"):
         trim_vocabulary(model, made, ["ab"], keep=["xyz"])
+
+
+def test_what_is_unknown_weighs_as_before():
+    """A Unigram tokenizer weighs it by the least likely piece: were that gone, "abcd" would be split by an unknown "a" and "bcd"."""
+    scores = {"ab": -12.0, "cd": -12.0, "bcd": -1.0, "a": -30.0, "b": -30.0, "c": -30.0, "d": -30.0}
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *scores.items()]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=2))
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    _, small, _ = trim_vocabulary(make_teacher(vocab_size=len(made)), made, ["abcd", "bcd"])
+    assert small.tokenize("abcd") == made.tokenize("abcd") == ["ab", "cd"]
+    assert len(small) < len(made)
+
+
+def test_special_tokens_of_configurations_stay(tokenizer):
+    model = make_teacher(vocab_size=len(tokenizer))
+    model.generation_config.forced_bos_token_id, model.generation_config.eos_token_id = 40, [1, 41]
+    trimmed, _, report = trim_vocabulary(model, tokenizer, TEXTS)
+    new_ids = {old: new for new, old in enumerate(report.chosen["token_ids"])}
+    assert trimmed.generation_config.forced_bos_token_id == new_ids[40]
+    assert trimmed.generation_config.eos_token_id == [new_ids[1], new_ids[41]]
+    assert model.generation_config.eos_token_id == [1, 41]
+
+
+def test_extra_tokens_that_are_kept_stay_special(tokenizer, tmp_path):
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<one>", "<two>"]})
+    model = make_teacher(vocab_size=len(tokenizer))
+    _, small, _ = trim_vocabulary(model, tokenizer, TEXTS, keep=["<two>"])
+    small.save_pretrained(tmp_path)
+    for read in (small, AutoTokenizer.from_pretrained(tmp_path)):
+        assert "<two>" in read.all_special_tokens
+        assert "<one>" not in read.get_vocab()
+        assert read.decode(read("ein<two>").input_ids, skip_special_tokens=True) == "ein"
+
+
+@pytest.mark.parametrize(
+    ("texts", "keep", "message"),
+    [([], (), "there are no texts"), ("ein Hund", (), "put the one into a list"), (TEXTS, "ef", "put the one into a list")],
+)
+def test_texts_are_several(texts, keep, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        trim_vocabulary(make_teacher(vocab_size=len(tokenizer)), tokenizer, texts, keep=keep)
+
+
+def test_another_models_tokenizer_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="it is another model's"):
+        trim_vocabulary(make_teacher(vocab_size=8), tokenizer, TEXTS)
 
 
 def test_what_is_compact_stays_compact(tokenizer, inputs):

@@ -7,9 +7,8 @@ from test_calibration import examples
 from transformers import AutoTokenizer
 
 from modular_t5 import prune_heads
-from modular_t5.configuration_compact_t5 import ATTENTIONS
 from modular_t5.heads import head_importance, plot_heads, without_least
-from modular_t5.modeling_compact_t5 import attention_at
+from modular_t5.modeling_compact_t5 import attention_path
 
 
 @pytest.fixture
@@ -19,8 +18,7 @@ def tokenizer(pico_tokenizer):
 
 def output_of(model, kind, layer):
     """The matrix that an attention's heads speak through, (d_model, heads, d_kv)."""
-    sublayer, name = attention_at(model, kind, layer)
-    return getattr(sublayer, name).o.weight.view(model.config.d_model, -1, model.config.d_kv)
+    return model.get_submodule(attention_path(kind, layer)).o.weight.view(model.config.d_model, -1, model.config.d_kv)
 
 
 def silenced(name, heads):
@@ -31,6 +29,16 @@ def silenced(name, heads):
             for layer, of_layer in enumerate(of_layers):
                 output_of(teacher, kind, layer)[:, [head for head in range(4) if head not in of_layer]] = 0
     return teacher
+
+
+def loss_of(model, rows):
+    """In nats a token, example by example."""
+    total, tokens = 0.0, 0
+    for row in rows:
+        with torch.no_grad():
+            loss = model(**{name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}).loss.item()
+        total, tokens = total + loss * len(row["labels"]), tokens + len(row["labels"])
+    return total / tokens
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -50,6 +58,9 @@ def test_heads_that_are_gone_are_heads_that_say_nothing(name, attention, tokeniz
     for decoding in ({}, {"num_beams": 3}):
         assert torch.equal(pruned.generate(**passed, **decoding), reference.generate(**passed, **decoding))
     assert report.parameters_before - report.parameters_after == 11 * 4 * 16 * 4
+    # The error is over tokens, however many an example has.
+    losses = [loss_of(model, examples()) for model in (pruned, teacher)]
+    assert report.error == pytest.approx(losses[0] - losses[1], rel=1e-3, abs=1e-5)
 
 
 def test_importance_is_the_size_of_the_derivative_by_a_gate(tokenizer):
@@ -62,8 +73,7 @@ def test_importance_is_the_size_of_the_derivative_by_a_gate(tokenizer):
         teacher(**{name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}).loss.backward()
         for kind, of_kind in sizes.items():
             for layer in range(6):
-                sublayer, name = attention_at(teacher, kind, layer)
-                weight = getattr(sublayer, name).o.weight
+                weight = teacher.get_submodule(attention_path(kind, layer)).o.weight
                 of_kind[layer] += (weight * weight.grad).view(16, 4, 4).sum((0, 2)).abs().detach()
     for kind, of_kind in sizes.items():
         torch.testing.assert_close(found[kind], of_kind / of_kind.norm(dim=-1, keepdim=True), rtol=1e-3, atol=1e-5)
@@ -75,6 +85,18 @@ def test_the_least_important_go_and_one_of_each_stays():
     assert without_least(heads, importance, 2) == {"encoder": [[0], [0, 1]], "cross": [[2]]}
     assert without_least(heads, importance, 3) == {"encoder": [[0], [1]], "cross": [[2]]}
     assert without_least(heads, importance, 99) == {"encoder": [[0], [1]], "cross": [[2]]}
+
+
+def test_importance_is_weighed_anew_in_each_round(tokenizer):
+    rows, teacher = examples(), make_teacher()
+    halfway, _ = prune_heads(teacher, rows, tokenizer, 15, description=None)
+    _, report = prune_heads(teacher, rows, tokenizer, 30, rounds=2, description=None)
+    anew = head_importance(halfway, rows, tokenizer, description=None)
+    for kind, of_kind in report.chosen["importance"].items():
+        torch.testing.assert_close(of_kind, anew[kind])
+    with torch.inference_mode():
+        under = head_importance(halfway, rows, tokenizer, description=None)
+    assert all(torch.equal(under[kind], anew[kind]) for kind in anew)
 
 
 def test_again_and_in_rounds(tokenizer):
@@ -89,10 +111,10 @@ def test_again_and_in_rounds(tokenizer):
             assert (report.chosen["importance"][kind][layer, absent] == 0).all()
 
 
-@pytest.mark.parametrize("limit", [29_000, 29_392, 28_880])
+@pytest.mark.parametrize("limit", [29_000, 29_392, 28_880, 99_999])
 def test_to_a_number_of_parameters(limit, tokenizer):
-    pruned, report = prune_heads(make_teacher(), examples(), tokenizer, max_parameters=limit, description=None)
-    assert limit - 4 * 16 * 4 < report.parameters_after <= limit
+    pruned, report = prune_heads(make_teacher(), examples(), tokenizer, max_parameters=limit, rounds=4, description=None)
+    assert min(limit, 29_392) - 4 * 16 * 4 < report.parameters_after <= limit
     assert pruned.num_parameters() == report.parameters_after
 
 
@@ -105,7 +127,7 @@ def test_to_a_number_of_parameters(limit, tokenizer):
         ({"count": -1}, "got -1"),
         ({"count": 2.0}, "got 2.0"),
         ({"max_parameters": 10}, "max_parameters=10: with one head an attention the model has 15,568 parameters"),
-        ({"count": 3, "rounds": 4}, "rounds must be an integer from 1 to the 3 heads that go, got 4"),
+        ({"count": 3, "rounds": 0}, "rounds must be a positive integer, got 0"),
     ],
 )
 def test_what_cannot_be_pruned(arguments, message, tokenizer):
@@ -113,7 +135,22 @@ def test_what_cannot_be_pruned(arguments, message, tokenizer):
         prune_heads(make_teacher(), examples(), tokenizer, **arguments, description=None)
 
 
+def test_numbers_that_are_none_are_refused(tokenizer):
+    broken = make_teacher()
+    with torch.no_grad():
+        broken.encoder.final_layer_norm.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"are no numbers in torch.float32"):
+        prune_heads(broken, examples(), tokenizer, 3, description=None)
+
+
 def test_the_picture(tokenizer, tmp_path):
-    plot_heads(head_importance(make_teacher("byt5"), examples(), tokenizer, description=None), tmp_path / "heads.png", title="Heads")
-    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
-    assert set(ATTENTIONS) == {"encoder", "decoder", "cross"}
+    importance = head_importance(make_teacher("byt5"), examples(), tokenizer, description=None)
+    for name, drawn in (("all", importance), ("one", {"cross": importance["cross"]})):
+        plot_heads(drawn, tmp_path / f"{name}.png", title="Heads")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for wrong, message in (
+        ({}, "no importance"),
+        ({"side": importance["cross"]}, "importance has no 'side'; it takes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plot_heads(wrong, tmp_path / "wrong.png")

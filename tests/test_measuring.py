@@ -6,7 +6,7 @@ from conftest import make_teacher
 from transformers import AutoTokenizer
 
 from modular_t5 import ModularT5ForConditionalGeneration
-from modular_t5.measuring import generate_texts, lower_quartile, measure_seconds, measure_speed
+from modular_t5.measuring import evaluating, generate_texts, lower_quartile, measure_seconds, measure_speed
 
 
 SOURCES = ["three trees", "a", "seven hundred and six large ships", "two books"]
@@ -29,6 +29,16 @@ def test_generation_arguments_reach_generate(tokenizer):
     model = make_teacher(vocab_size=len(tokenizer))
     with pytest.raises(ValueError, match="nonsense"):
         generate_texts(model, tokenizer, SOURCES, max_new_tokens=5, nonsense=1)
+
+
+def test_every_part_is_in_its_own_mode_again():
+    model = make_teacher().train()
+    model.encoder.eval()
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert model.training
+    assert model.decoder.training
+    assert not any(module.training for module in model.encoder.modules())
 
 
 def test_of_rounds_the_middle_or_a_quick_one_counts(monkeypatch):

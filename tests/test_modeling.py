@@ -471,7 +471,10 @@ def test_a_teacher_with_adapters_or_without_some_layers_is_refused():
     adapted.add_adapter(LoraConfig(target_modules=["q", "v"]))
     shortened = make_teacher()
     shortened.decoder.block = shortened.decoder.block[:3]
-    for teacher, message in ((adapted, r"there is no .*merge_and_unload"), (shortened, "decoder has 3 layers, its configuration says 6")):
+    for teacher, message in (
+        (adapted, r"which is not there; .*merge_and_unload"),
+        (shortened, "decoder has 3 layers, its configuration says 6"),
+    ):
         with pytest.raises(ValueError, match=message):
             ModularT5ForConditionalGeneration.from_t5(teacher)
 
