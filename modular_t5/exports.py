@@ -34,8 +34,8 @@ def to_ctranslate2(
 
     Raises:
         ImportError: ctranslate2 is not installed.
-        ValueError: the model is none of these, or a bank, or not in float32; there is no such quantization; or there is something in
-            the folder, other than an earlier export and `force`.
+        ValueError: the model is none of these, or a bank, or not in float32, or heads of it were pruned; there is no such
+            quantization; or there is something in the folder, other than an earlier export and `force`.
     """
     try:
         from ctranslate2.converters.converter import Converter
