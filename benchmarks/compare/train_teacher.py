@@ -189,7 +189,7 @@ def card_of(trainer: DistillationTrainer, args: TeacherArguments, scores: dict[s
         "parameters": f"{trainer.model.num_parameters():,}",
         "vocabulary": f"{config.vocab_size:,}, joint, Unigram (`tokenizer.json`)",
         "started from": (args.start_from or "nothing") + (f", every layer {args.repeat_layers} times" if args.repeat_layers > 1 else ""),
-        "optimizer": f"Adafactor, scaled by each matrix's size; batch {training.train_batch_size}, label smoothing "
+        "optimizer": f"Adafactor, scaled by each matrix's size; batch {training.train_batch_size * training.world_size}, label smoothing "
         f"{training.label_smoothing_factor:g}, dropout {args.dropout_rate:g} on residuals and embeddings",
         "schedule": f"{training.lr_scheduler_type.value}, peak {training.learning_rate:g}, {training.warmup_steps:g} steps of warm-up",
         "best step": f"{state.best_global_step} of {state.max_steps}, which the folder holds",
