@@ -63,4 +63,16 @@ def record_tie(model: Any) -> None:
     Of itself it says "tied" of every model. Where the head is a matrix of its own, the saved file must say so, or older transformers
     and `tie_weights()` replace it by the embeddings. Where there is no matrix, but factors, these are tied by other means.
     """
-    model.config.tie_word_embeddings = "weight" in model.lm_head._parameters and model.lm_head.weight is model.shared.weight
+    model.config.tie_word_embeddings = is_tied(model)
+
+
+def is_tied(model: Any) -> bool:
+    """Whether a T5's head is the matrix of its embeddings."""
+    return "weight" in model.lm_head._parameters and model.lm_head.weight is model.shared.weight
+
+
+def run_like(model: T5ForConditionalGeneration, config: T5Config) -> T5Config:
+    """`config`, for a model that computes as `model` does."""
+    # The stacks' own, for older transformers do not carry a later change of the model's to them.
+    config._attn_implementation = model.encoder.config._attn_implementation
+    return config

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, T5ForConditionalGeneration
 
+from .assembly_modular_t5 import SIDES
+from .configuration_compact_t5 import check_keys
 from .measuring import evaluating, on_device
 
 
@@ -49,3 +51,11 @@ def mean_loss(model: T5ForConditionalGeneration, batches: Iterable[Mapping[str, 
     if not math.isfinite(total):
         raise ValueError(f"the loss of the examples is no number in {model.dtype}: take the model in float32, or look at its weights")
     return total / tokens
+
+
+def by_side(name: str, given: Any) -> Mapping[str, Any]:
+    """What is given for each side, or the same for both; a `ValueError` for what is no side."""
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(SIDES, given)
+    check_keys(name, given, SIDES)
+    return given

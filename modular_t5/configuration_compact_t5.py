@@ -17,9 +17,6 @@ _AUTO_MAP = {
     "AutoModelForSeq2SeqLM": "modeling_compact_t5.CompactT5ForConditionalGeneration",
 }
 
-# What a compact T5's configuration has beside a T5's.
-COMPACT_FIELDS = ("decoder_layerdrop", "embedding_rank", "encoder_layerdrop", "heads", "tied_feed_forwards", "tied_layers", "untied_head")
-
 
 class CompactT5Config(CheckedT5Config):
     """A `T5Config` that also says what is smaller inside.

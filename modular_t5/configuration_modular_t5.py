@@ -33,9 +33,8 @@ _AUTO_MAP = {
     "AutoModelForSeq2SeqLM": "modeling_modular_t5.ModularT5ForConditionalGeneration",
 }
 
-# What a bank's configuration has beside a T5's, and then what it has otherwise than a T5.
-_OWN_FIELDS = ("calibration", "granularities", "initialization", "lora", "modules_only", "own_parts", "plan", "teacher")
-_BANK_FIELDS = (*_OWN_FIELDS, "architectures", "auto_map", "decoder_layers", "model_type", "transformers_version")
+# What a bank's configuration has otherwise than a T5's, beside its own fields.
+_NOT_OF_T5 = {"architectures", "auto_map", "decoder_layers", "model_type", "transformers_version"}
 
 # Wider than any T5 by a factor of ten or more. A file that asks for more is refused before memory is taken.
 _LARGEST = {
@@ -84,10 +83,15 @@ class CheckedT5Config(T5Config):
             raise ValueError(f"unknown activation {self.dense_act_fn!r} (feed_forward_proj is {self.feed_forward_proj!r})")
 
     @classmethod
+    def own_fields(cls) -> set[str]:
+        """The fields that it has beside a T5's."""
+        return set(cls.__dataclass_fields__) - set(T5Config.__dataclass_fields__)
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As `PreTrainedConfig.from_dict`, but what the model does not know is ignored, and keywords are validated with the rest."""
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__dataclass_fields__}
-        read = _READ | (set(cls.__dataclass_fields__) - set(T5Config.__dataclass_fields__))
+        read = _READ | cls.own_fields()
         try:
             known = {name: value for name, value in config_dict.items() if name in read}
             return super().from_dict({**known, **overrides}, **kwargs)
@@ -197,7 +201,8 @@ def _finite(score: Any) -> float:
 
 def t5_fields(config: T5Config) -> dict[str, Any]:
     """What a configuration, of a bank or of a T5, says of a T5."""
-    fields = {name: value for name, value in config.to_dict().items() if name not in _BANK_FIELDS}
+    of_bank = ModularT5Config.own_fields() | _NOT_OF_T5
+    fields = {name: value for name, value in config.to_dict().items() if name not in of_bank}
     return {"scale_decoder_outputs": False, **fields}  # mT5's code never scales, and its configuration does not say so
 
 
@@ -217,7 +222,7 @@ def set_cache_depth(config: T5Config) -> None:
     transformers (5.17 to 5.23) makes one slot an encoder layer, which for a deeper decoder ends in an IndexError and for a shallower
     one wastes memory, unless the configuration has a field `decoder_layers`.
     """
-    if config.num_decoder_layers != config.num_layers:
+    if config.num_decoder_layers != config.num_layers or hasattr(config, "decoder_layers"):
         config.decoder_layers = config.num_decoder_layers
 
 

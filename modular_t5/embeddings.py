@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from .assembly_modular_t5 import is_integer
-from .building_modular_t5 import built
+from .building_modular_t5 import built, is_tied, run_like
 from .compacting import CompactReport
 from .layout_modular_t5 import EMBEDDINGS, HEAD
 from .modeling_compact_t5 import CompactT5ForConditionalGeneration, structure_of
@@ -82,7 +82,7 @@ def factorize_embeddings(
     if counts.shape != (vocab_size,) or not bool(((counts >= 0) & counts.isfinite()).all()):
         raise ValueError(f"token_counts must be {vocab_size} finite numbers of at least 0, a token each, got {tuple(counts.shape)}")
     weights = (counts + 1).to(model.device)
-    untied = model.lm_head.weight is not model.shared.weight
+    untied = not is_tied(model)
     matrices = {"shared": model.shared.weight, **({"lm_head.factors": model.lm_head.weight} if untied else {})}
     if not all(matrix.isfinite().all() for matrix in matrices.values()):
         raise ValueError("some embeddings are no numbers")
@@ -130,13 +130,13 @@ def trim_vocabulary(
     if kept[-1] >= len(model.shared.weight):
         raise ValueError(f"the tokenizer has a token {kept[-1]}, the model {len(model.shared.weight)} tokens: it is another model's")
     renumbered = {old: new for new, old in enumerate(kept)}
-    config, generation_config = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
+    config, generation_config = run_like(model, copy.deepcopy(model.config)), copy.deepcopy(model.generation_config)
     config.vocab_size = len(kept)
     for told in (config, generation_config):
         _renumber(told, renumbered)
     sources = dict(model.named_parameters(remove_duplicate=False))
     rows = torch.tensor(kept, device=model.device)
-    tied = model.lm_head.weight is model.shared.weight
+    tied = is_tied(model)
     sources |= dict.fromkeys((*EMBEDDINGS, *([HEAD] if tied else [])), model.shared.weight[rows])
     if not tied:
         sources[HEAD] = model.lm_head.weight[rows]

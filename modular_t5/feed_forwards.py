@@ -8,7 +8,6 @@ Source: Verma, Murray, Duh, "Merging Feed-Forward Sublayers for Compressed Trans
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, T5ForConditionalGeneration
 
 from .assembly_modular_t5 import SIDES, is_integer
-from .compacting import CompactReport, mean_loss
+from .compacting import CompactReport, by_side, mean_loss
 from .configuration_compact_t5 import check_keys
 from .measuring import evaluating, labelled_batches, on_device
 from .modeling_compact_t5 import CompactT5ForConditionalGeneration, structure_of
@@ -64,6 +63,7 @@ class FeatureMoments:
         self._sums: list[torch.Tensor] = []
         self._squares: list[torch.Tensor] = []
         self._products: dict[tuple[int, int], Any] = dict.fromkeys(pairs, 0.0)
+        self._permutations: dict[tuple[int, int], torch.Tensor] = {}
 
     def add(self, features_TF: Sequence[torch.Tensor]) -> None:
         """Of a batch, by layer."""
@@ -88,10 +88,11 @@ class FeatureMoments:
         one, two = (self._deviation(layer) for layer in (first, other))
         return (self.covariance(first, other) / torch.outer(one, two)).nan_to_num(0.0, 0.0, 0.0)
 
-    @cache  # noqa: B019 - it lives as long as what it is of
     def permutation(self, first: int, other: int) -> torch.Tensor:
-        """`aligning_permutation` of the correlation."""
-        return aligning_permutation(self.correlation(first, other))
+        """`aligning_permutation` of the correlation, found once."""
+        if (first, other) not in self._permutations:
+            self._permutations[first, other] = aligning_permutation(self.correlation(first, other))
+        return self._permutations[first, other]
 
     def similarity(self, first: int, other: int) -> float:
         """Linear centered kernel alignment: 1 for features that are the same up to rotation and scale, 0 for features that never change.
@@ -143,7 +144,7 @@ def merge_feed_forwards(
         ImportError: scipy is not installed.
     """
     ties = _ties(model)
-    runs = _checked_runs(model, dict.fromkeys(SIDES, run) if not isinstance(run, Mapping) else run, ties)
+    runs = _checked_runs(by_side("run", run), ties)
     starts = _checked_starts({} if start is None else start, runs, ties)
     batches = labelled_batches(model, dataset, processing_class, batch_size)
     loss, merged, losses, chosen = mean_loss(model, batches), model, {}, {}
@@ -189,8 +190,7 @@ def _ties(model: T5ForConditionalGeneration) -> dict[str, list[int]]:
     return copy.deepcopy(structure.get("tied_feed_forwards")) or {side: list(range(layers[side])) for side in SIDES}
 
 
-def _checked_runs(model: T5ForConditionalGeneration, runs: Mapping[str, int], ties: Mapping[str, list[int]]) -> dict[str, int]:
-    check_keys("run", runs, SIDES)
+def _checked_runs(runs: Mapping[str, int], ties: Mapping[str, list[int]]) -> dict[str, int]:
     if not runs:
         raise ValueError("run names no side; it takes a number, or numbers by side")
     for side, run in runs.items():

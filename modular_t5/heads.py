@@ -45,9 +45,14 @@ def head_importance(
     Raises:
         ValueError: there are no examples, or one has no labels; or what comes out are no numbers.
     """
+    return _importance(model, labelled_batches(model, dataset, processing_class, batch_size), description)
+
+
+def _importance(
+    model: T5ForConditionalGeneration, batches: Sequence[Mapping[str, torch.Tensor]], description: str | None
+) -> dict[str, torch.Tensor]:
     heads, num_heads = _heads(model), model.config.num_heads
     importance = {kind: torch.zeros(len(of_layers), num_heads) for kind, of_layers in heads.items()}
-    batches = labelled_batches(model, dataset, processing_class, batch_size)
     with evaluating(model), torch.enable_grad():
         for batch in tqdm(batches, desc=description, disable=description is None, leave=False):
             inputs = on_device(batch, model)
@@ -64,6 +69,7 @@ def head_importance(
     return {kind: nn.functional.normalize(of_kind, dim=-1) for kind, of_kind in importance.items()}
 
 
+@torch.inference_mode(False)
 def prune_heads(
     model: T5ForConditionalGeneration,
     dataset: Sequence[Mapping[str, Any]],
@@ -97,12 +103,12 @@ def prune_heads(
     count = _checked_count(model, count, max_parameters, most)
     if not is_integer(rounds) or rounds < 1:
         raise ValueError(f"rounds must be a positive integer, got {rounds!r}")
+    batches = labelled_batches(model, dataset, processing_class, batch_size)
     rounds, pruned, importance = min(rounds, max(count, 1)), model, {}
     for done in range(rounds):
-        importance = head_importance(pruned, dataset, processing_class, batch_size=batch_size, description=description)
+        importance = _importance(pruned, batches, description)
         heads = without_least(_heads(pruned), importance, count * (done + 1) // rounds - count * done // rounds)
         pruned = _with_heads(pruned, heads)
-    batches = labelled_batches(model, dataset, processing_class, batch_size)
     error = mean_loss(pruned, batches) - mean_loss(model, batches)
     return pruned, CompactReport.of(model, pruned, error, heads=heads, importance=importance)
 

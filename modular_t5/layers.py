@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from transformers import T5ForConditionalGeneration
 
 from .assembly_modular_t5 import SIDES, is_integer
-from .building_modular_t5 import built
-from .compacting import CompactReport
-from .configuration_compact_t5 import ATTENTIONS, check_keys
+from .building_modular_t5 import built, run_like
+from .compacting import CompactReport, by_side
+from .configuration_compact_t5 import ATTENTIONS
 from .configuration_modular_t5 import INITIALIZATIONS, set_cache_depth
 from .layout_modular_t5 import BIAS_TABLE
 from .modeling_compact_t5 import CompactT5ForConditionalGeneration, running_tensors, structure_of
@@ -36,7 +36,7 @@ def drop_layers(
     """
     structure = structure_of(model)
     kept = {side: _kept(model, side, list(dropped)) for side, dropped in zip(SIDES, (encoder, decoder), strict=True)}
-    config = copy.deepcopy(model.config)
+    config = run_like(model, copy.deepcopy(model.config))
     config.num_layers, config.num_decoder_layers = (len(kept[side]) for side in SIDES)
     set_cache_depth(config)
     for name in ("tied_feed_forwards", "tied_layers"):
@@ -73,8 +73,7 @@ def share_layers(
         ValueError: a run does not divide its side, or feed-forwards are shared or heads gone already.
     """
     structure = structure_of(model)
-    runs = dict.fromkeys(SIDES, run) if not isinstance(run, Mapping) else run
-    check_keys("run", runs, SIDES)
+    runs = by_side("run", run)
     if initialization not in INITIALIZATIONS:
         raise ValueError(f"unknown initialization {initialization!r}; choose one of {', '.join(INITIALIZATIONS)}")
     if done := [name for name in ("tied_layers", "tied_feed_forwards", "heads") if structure.get(name)]:

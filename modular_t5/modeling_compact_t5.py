@@ -15,8 +15,8 @@ from transformers import initialization as init
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block
 
 from .assembly_modular_t5 import SIDES
-from .building_modular_t5 import built, record_tie
-from .configuration_compact_t5 import ATTENTIONS, COMPACT_FIELDS, CompactT5Config, check_keys
+from .building_modular_t5 import built, record_tie, run_like
+from .configuration_compact_t5 import ATTENTIONS, CompactT5Config, check_keys
 from .configuration_modular_t5 import t5_fields
 
 
@@ -188,10 +188,9 @@ class CompactT5ForConditionalGeneration(T5ForConditionalGeneration):
         Raises:
             ValueError: the model is no T5, or the configuration is not possible, or tensors do not fit it.
         """
-        check_keys("from_t5", changes, COMPACT_FIELDS)
-        config = CompactT5Config(**{**structure_of(model), **changes})
+        check_keys("from_t5", changes, sorted(CompactT5Config.own_fields()))
+        config = run_like(model, CompactT5Config(**{**structure_of(model), **changes}))
         config.name_or_path = model.config.name_or_path
-        config._attn_implementation = model.encoder.config._attn_implementation
         sources = {**dict(model.named_parameters(remove_duplicate=False)), **(tensors or {})}
         compact = built(cls, config, sources, model.generation_config)
         check_keys("tensors", tensors or {}, dict(compact.named_parameters(remove_duplicate=False)))
@@ -236,7 +235,7 @@ def structure_of(model: Any) -> dict[str, Any]:
         raise ValueError(f"cannot make {type(model).__name__} (model type {model_type!r}) compact: {told}")
     if any(".base_layer." in name for name, _ in model.named_parameters()):
         raise ValueError("there are adapters in this model, which are layers of their own: merge them first (merge_and_unload)")
-    return {**t5_fields(model.config), **{name: getattr(model.config, name) for name in COMPACT_FIELDS if hasattr(model.config, name)}}
+    return t5_fields(model.config)
 
 
 def running_tensors(model: T5ForConditionalGeneration) -> dict[str, torch.Tensor]:

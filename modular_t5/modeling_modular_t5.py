@@ -23,7 +23,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.t5.modeling_t5 import T5Block, T5Stack
 
 from .assembly_modular_t5 import SIDES, AssemblyPlan, PlanLike, is_integer
-from .building_modular_t5 import built, record_tie, torch_dtype
+from .building_modular_t5 import built, record_tie, run_like, torch_dtype
 from .choosing_modular_t5 import BankShape, Budgets, PlanReport, assembly_record, resolve_plan, resolve_plans
 from .configuration_modular_t5 import INITIALIZATIONS, ModularT5Config, stock_config, t5_fields
 from .layout_modular_t5 import (
@@ -154,7 +154,7 @@ class ModularT5ForConditionalGeneration(OwnPartsMixin, T5ForConditionalGeneratio
         for name in filter(is_bank_tensor, tensor_names(one_layer_of(teacher), config)):
             # A tensor object of its own: the module is a copy of the layer, not tied to it.
             sources[name] = sources[initial_name(name, config)].detach()
-        return built(cls, _run_like(teacher, config), sources, teacher.generation_config)
+        return built(cls, run_like(teacher, config), sources, teacher.generation_config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -509,7 +509,7 @@ class ModularT5ForConditionalGeneration(OwnPartsMixin, T5ForConditionalGeneratio
             raise ValueError(f"weights of {self.dtype} cannot be shared as {torch_dtype(dtype)}; leave out share_weights or dtype")
         report = self.report(strategy, ratio, dtype=dtype, **budget)
         remembered = {**self.origin, **assembly_record(report, strategy, ratio, **budget)}
-        config = _run_like(self, _assembled_config(self.config, report, remembered))
+        config = run_like(self, _assembled_config(self.config, report, remembered))
         bank = dict(self.named_parameters(remove_duplicate=False))
         bank |= {f"{path}.weight": merged for path, merged in self._merged_adapters().items()}
         sources = {name: bank[bank_name] for name, bank_name in self.parameter_map(report.plan).items()}
@@ -546,13 +546,6 @@ def _assembled_config(config: ModularT5Config, report: PlanReport, remembered: M
     assembled = stock_config(config, report.plan.depths)
     assembled.modular_t5 = dict(remembered)
     return assembled
-
-
-def _run_like(model: T5ForConditionalGeneration, config: T5Config) -> T5Config:
-    """`config`, for a model that computes as `model` does."""
-    # The stacks' own, for older transformers do not carry a later change of the model's to them.
-    config._attn_implementation = model.encoder.config._attn_implementation
-    return config
 
 
 def _with_recorded_tie(loaded: Any) -> Any:

@@ -96,7 +96,9 @@ def test_importance_is_weighed_anew_in_each_round(tokenizer):
         torch.testing.assert_close(of_kind, anew[kind])
     with torch.inference_mode():
         under = head_importance(halfway, rows, tokenizer, description=None)
+        again, _ = prune_heads(teacher, rows, tokenizer, 30, rounds=2, description=None)
     assert all(torch.equal(under[kind], anew[kind]) for kind in anew)
+    assert again.config.heads == report.chosen["heads"]
 
 
 def test_again_and_in_rounds(tokenizer):

@@ -160,3 +160,9 @@ def test_layers_are_left_out_of_training_at_the_rate(inputs, tmp_path):
 def test_a_rate_that_cannot_be(rate):
     with pytest.raises(ValueError, match=f"decoder_layerdrop must be a number from 0 to below 1, got {rate!r}"):
         CompactT5ForConditionalGeneration.from_t5(make_teacher(), decoder_layerdrop=rate)
+
+
+def test_the_cache_is_as_deep_as_the_decoder_that_is_left():
+    uneven, _ = drop_layers(make_teacher(), encoder=[1])
+    even, _ = drop_layers(uneven, decoder=[1])
+    assert (uneven.config.decoder_layers, even.config.decoder_layers) == (6, 5)
