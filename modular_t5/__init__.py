@@ -16,6 +16,7 @@ from .layers import drop_layers, share_layers
 from .model_card import assembled_card, bank_card
 from .modeling_compact_t5 import CompactT5ForConditionalGeneration
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
+from .offline import compress_offline, restore_matrices
 from .pairs import Pairs
 from .trainer import ModularTrainer
 from .training_args import ModularTrainingArguments
@@ -50,12 +51,14 @@ __all__ = [
     "assembled_card",
     "bank_card",
     "calibrate",
+    "compress_offline",
     "drop_layers",
     "factorize_embeddings",
     "measure_frontier",
     "measure_latency",
     "merge_feed_forwards",
     "prune_heads",
+    "restore_matrices",
     "share_layers",
     "trim_vocabulary",
 ]

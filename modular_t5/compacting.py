@@ -1,4 +1,4 @@
-"""What the methods of the compact wing have in common: what they report, and the loss that they are judged by."""
+"""What methods of the compact wing have in common: what they report, the loss that they are judged by, matrices as factors."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -37,6 +37,18 @@ class CompactReport:
     def ratio(self) -> float:
         """Parameters before / after, of the whole model."""
         return self.parameters_before / self.parameters_after
+
+
+def weighted_factors(matrix_VD: torch.Tensor, rank: int, weights_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(V, rank) and (rank, D), whose product is the nearest to a matrix by squares that are weighed by row.
+
+    The singular values are divided between both alike. Weights are above zero.
+    """
+    roots_V1 = weights_V.cpu().double().sqrt()[:, None]  # some accelerators have no float64
+    left_VR, values_R, right_RD = torch.linalg.svd(roots_V1 * matrix_VD.cpu().double(), full_matrices=False)
+    scale_R = values_R[:rank].sqrt()
+    tokens_VR, projection_RD = left_VR[:, :rank] * scale_R / roots_V1, scale_R[:, None] * right_RD[:rank]
+    return tokens_VR.contiguous().to(matrix_VD), projection_RD.contiguous().to(matrix_VD)
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """The configuration of a T5 that is smaller inside its layers: a T5's, and every change of structure as a plain field."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,14 @@ from .configuration_modular_t5 import CheckedT5Config, set_cache_depth
 
 # The kinds of attention a T5 has, each with the side it is on.
 ATTENTIONS = {"encoder": "encoder", "decoder": "decoder", "cross": "decoder"}
+
+# A T5's matrices: all have rows, or columns, as wide as the model.
+_MATRIX = re.compile(
+    r"shared|lm_head|(encoder|decoder)\.block\.\d+\.layer\.\d\.((SelfAttention|EncDecAttention)\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo))"
+)
+
+# What a group of `decoded` has, each with its default.
+_GROUP = {"matrices": None, "rank": None, "hidden": 0, "keep_factors": False}
 
 # Where the code of a compact T5 lies among the files that are saved with it, for use where this package is not installed.
 _AUTO_MAP = {
@@ -30,6 +39,10 @@ class CompactT5Config(CheckedT5Config):
             that it was made of; at least one.
         embedding_rank: dimensions that tokens go through on the way in and out.
         untied_head: of a model with `embedding_rank`, whether the head has factors of its own.
+        decoded: groups of matrices whose rows, or columns where those are as wide as the model, are decoded from latents by a decoder
+            that they share: `{"matrices": [...], "rank": ..., "hidden": ..., "keep_factors": ...}`, paths of modules, numbers of a latent,
+            hidden units of the decoder (0: it is linear), whether matrices are never made, which linear ones allow. A head that is tied
+            to embeddings is not named beside them.
         encoder_layerdrop, decoder_layerdrop: how likely a layer, but for the first of its side, is left out of a step of training.
         kwargs: every field of `T5Config`.
 
@@ -45,6 +58,7 @@ class CompactT5Config(CheckedT5Config):
     heads: Mapping[str, Sequence[Sequence[int]]] | None = None
     embedding_rank: int | None = None
     untied_head: bool = False
+    decoded: Sequence[Mapping[str, Any]] | None = None
     encoder_layerdrop: float = 0.0
     decoder_layerdrop: float = 0.0
 
@@ -65,6 +79,8 @@ class CompactT5Config(CheckedT5Config):
         self.embedding_rank = None if self.embedding_rank is None else int(self.embedding_rank)
         if not isinstance(self.untied_head, bool) or (self.untied_head and self.embedding_rank is None):
             raise ValueError(f"untied_head is true or false, and true only with embedding_rank; got {self.untied_head!r}")
+        if self.decoded is not None:
+            self.decoded = _checked_groups(self.decoded, self)
         for name in ("encoder_layerdrop", "decoder_layerdrop"):
             if not is_number(rate := getattr(self, name)) or not 0 <= rate < 1:
                 raise ValueError(f"{name} must be a number from 0 to below 1, got {rate!r}")
@@ -102,6 +118,36 @@ def _checked_heads(given: Any, layers: Mapping[str, int], num_heads: int) -> dic
                 raise ValueError(f"the heads of a layer are some of 0 to {num_heads - 1}, ascending, at least one; {kind} has {heads!r}")
     checked = {kind: [list(map(int, heads)) for heads in given[kind]] for kind in ATTENTIONS}
     return checked if any(len(heads) < num_heads for of_layers in checked.values() for heads in of_layers) else None
+
+
+def _checked_groups(given: Any, config: CompactT5Config) -> list[dict[str, Any]] | None:
+    """`given`; None if there are none."""
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"decoded is a list of groups of matrices, got {given!r}")
+    groups, seen = [], set()
+    for group in given:
+        check_keys("a group of decoded", group, _GROUP)
+        matrices, rank, hidden, keep_factors = (group.get(name, default) for name, default in _GROUP.items())
+        if not isinstance(matrices, list | tuple) or not matrices or not all(isinstance(m, str) and _MATRIX.fullmatch(m) for m in matrices):
+            raise ValueError(
+                f"a group of decoded names matrices of a T5, such as 'encoder.block.0.layer.0.SelfAttention.q', got {matrices!r}"
+            )
+        if len(set(matrices)) < len(matrices) or not seen.isdisjoint(matrices):
+            raise ValueError(f"decoded names a matrix twice, of {', '.join(matrices)}")
+        seen.update(matrices)
+        for name, number, least in (("rank", rank, 1), ("hidden", hidden, 0)):
+            if not is_integer(number) or not least <= number <= config.d_model:
+                raise ValueError(
+                    f"{name} of a group of decoded must be an integer from {least} to d_model ({config.d_model}), got {number!r}"
+                )
+        if not isinstance(keep_factors, bool) or (keep_factors and (hidden or not {"shared", "lm_head"}.isdisjoint(matrices))):
+            raise ValueError(f"keep_factors is true or false, and true only where hidden is 0, and not of embeddings; got {keep_factors!r}")
+        groups.append({"matrices": list(matrices), "rank": int(rank), "hidden": int(hidden), "keep_factors": keep_factors})
+    if config.embedding_rank is not None and "shared" in seen:
+        raise ValueError("embeddings are either factorized (embedding_rank) or decoded")
+    if "lm_head" in seen and "shared" not in seen:
+        raise ValueError("a head is decoded where embeddings are too")
+    return groups or None
 
 
 def check_keys(name: str, given: Any, known: Iterable[str]) -> None:

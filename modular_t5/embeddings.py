@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTo
 
 from .assembly_modular_t5 import is_integer
 from .building_modular_t5 import built, is_tied, run_like
-from .compacting import CompactReport
+from .compacting import CompactReport, weighted_factors
 from .layout_modular_t5 import EMBEDDINGS, HEAD
 from .modeling_compact_t5 import CompactT5ForConditionalGeneration, structure_of
 
@@ -25,18 +25,6 @@ _SPECIAL_IDS = ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_t
 # What else a generation configuration may name tokens by.
 _NAMES_TOKENS = ("bad_words_ids", "begin_suppress_tokens", "force_words_ids", "sequence_bias", "suppress_tokens")
 _SPECIAL_TOKENS = ("pad_token", "eos_token", "unk_token", "bos_token", "sep_token", "cls_token", "mask_token")
-
-
-def weighted_factors(matrix_VD: torch.Tensor, rank: int, weights_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(V, rank) and (rank, D), whose product is the nearest to a matrix by squares that are weighed by row.
-
-    The singular values are divided between both alike. Weights are above zero.
-    """
-    roots_V1 = weights_V.cpu().double().sqrt()[:, None]  # some accelerators have no float64
-    left_VR, values_R, right_RD = torch.linalg.svd(roots_V1 * matrix_VD.cpu().double(), full_matrices=False)
-    scale_R = values_R[:rank].sqrt()
-    tokens_VR, projection_RD = left_VR[:, :rank] * scale_R / roots_V1, scale_R[:, None] * right_RD[:rank]
-    return tokens_VR.contiguous().to(matrix_VD), projection_RD.contiguous().to(matrix_VD)
 
 
 def count_tokens(dataset: Iterable[Mapping[str, Any]], vocab_size: int) -> torch.Tensor:

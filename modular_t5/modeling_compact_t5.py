@@ -1,4 +1,4 @@
-"""A T5 that is smaller inside its layers: tied feed-forwards or layers, fewer heads, embeddings in two factors.
+"""A T5 that is smaller inside its layers: tied feed-forwards or layers, fewer heads, embeddings in two factors, decoded matrices.
 
 T5's own modules and forwards run. The configuration alone says the shapes; what is tied is one module, which the layers that share it refer
 to, so that its tensors have one name: they are saved once, and stay tied whatever is done to the model.
@@ -18,6 +18,7 @@ from .assembly_modular_t5 import SIDES
 from .building_modular_t5 import built, record_tie, run_like
 from .configuration_compact_t5 import ATTENTIONS, CompactT5Config, check_keys
 from .configuration_modular_t5 import t5_fields
+from .matrices_compact_t5 import FactoredLinear, RestoredEmbedding, RestoredLinear, RestoredMatrix, RowDecoder
 
 
 class PrunedAttention(T5Attention):
@@ -89,23 +90,27 @@ class FactorizedEmbedding(nn.Module):
         """Ids of any shape -> (..., d_model)."""
         return self.tokens(input_ids) @ self.projection
 
+    def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., d_model) -> (..., vocabulary)."""
+        in_rank = nn.functional.linear(hidden_states, self.projection)
+        return nn.functional.linear(in_rank, self.tokens.weight)
+
     @property
     def weight(self) -> torch.Tensor:
         """The product, made anew at each call."""
         return self.tokens.weight @ self.projection
 
 
-class FactorizedHead(nn.Module):
-    """The head by factorized embeddings: those of the input, or its own."""
+class EmbeddingHead(nn.Module):
+    """The head by embeddings that are no matrix: those of the input, or its own."""
 
-    def __init__(self, factors: FactorizedEmbedding):
+    def __init__(self, factors: FactorizedEmbedding | RestoredEmbedding):
         super().__init__()
         self.factors = factors
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """States (..., d_model) -> logits (..., vocabulary)."""
-        in_rank = nn.functional.linear(hidden_states, self.factors.projection)
-        return nn.functional.linear(in_rank, self.factors.tokens.weight)
+        return self.factors.scores(hidden_states)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -156,12 +161,33 @@ class CompactT5ForConditionalGeneration(T5ForConditionalGeneration):
                 getattr(self, side).block = LayerDropBlocks(getattr(self, side).block, rate)
         if config.embedding_rank is not None:
             self.set_input_embeddings(FactorizedEmbedding(config))
-            self.lm_head = FactorizedHead(FactorizedEmbedding(config) if config.untied_head else self.shared)
-            places = ["encoder.embed_tokens", "decoder.embed_tokens", *([] if config.untied_head else ["lm_head.factors"])]
-            self._tied_weights_keys = {
-                f"{place}.{factor}": f"shared.{factor}" for place in places for factor in ("tokens.weight", "projection")
-            }
+            self.lm_head = EmbeddingHead(FactorizedEmbedding(config) if config.untied_head else self.shared)
+        for group in config.decoded or ():
+            self._decode(**group)
+        if not isinstance(self.shared, nn.Embedding):
+            places = ["encoder.embed_tokens", "decoder.embed_tokens"]
+            if isinstance(self.lm_head, EmbeddingHead) and self.lm_head.factors is self.shared:
+                places.append("lm_head.factors")
+            of_shared = [name for name, _ in self.shared.named_parameters()]
+            self._tied_weights_keys = {f"{place}.{name}": f"shared.{name}" for place in places for name in of_shared}
         self.post_init()
+
+    def _decode(self, matrices: list[str], rank: int, hidden: int, keep_factors: bool) -> None:
+        """Let matrices be decoded by one decoder, which the first of them has."""
+        decoder = RowDecoder(rank, hidden, self.config.d_model)
+        for path in matrices:
+            try:
+                module = self.get_submodule(path)
+            except AttributeError as error:
+                raise ValueError(f"decoded names {path}, which this T5 has not, or not as its own") from error
+            of_class = RestoredEmbedding if path == "shared" else FactoredLinear if keep_factors else RestoredLinear
+            restored = of_class(module, path, decoder, owner=path == matrices[0])
+            if path != "shared":
+                self.set_submodule(path, restored)
+                continue
+            self.set_input_embeddings(restored)
+            if not any("lm_head" in group["matrices"] for group in self.config.decoded):
+                self.lm_head = EmbeddingHead(restored)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -204,25 +230,27 @@ class CompactT5ForConditionalGeneration(T5ForConditionalGeneration):
         return loaded
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """As `PreTrainedModel.get_expanded_tied_weights_keys`; factorized embeddings are tied whatever `tie_word_embeddings` says."""
-        if not isinstance(self.shared, FactorizedEmbedding):
+        """As `PreTrainedModel.get_expanded_tied_weights_keys`; embeddings that are no matrix are tied in any case."""
+        if isinstance(self.shared, nn.Embedding):
             return super().get_expanded_tied_weights_keys(all_submodels)
         return dict(self._tied_weights_keys)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, FactorizedEmbedding):
             init.normal_(module.projection, mean=0.0, std=self.config.initializer_factor * self.config.embedding_rank**-0.5)
-        elif module is self and self.config.embedding_rank is not None:
-            pass  # T5's would initialise the embeddings' weight, which is a product
+        elif isinstance(module, RowDecoder | RestoredMatrix):
+            module.init_weights()
+        elif module is self and not isinstance(self.shared, nn.Embedding):
+            pass  # T5's would initialise the embeddings' weight, which is made of other parameters
         elif not isinstance(module, SharedAttention):
             super()._init_weights(module)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
-        """As `PreTrainedModel.resize_token_embeddings`; a `ValueError` for another number of factorized embeddings."""
-        if self.config.embedding_rank is None:
+        """As `PreTrainedModel.resize_token_embeddings`; a `ValueError` for another number of embeddings that are no matrix."""
+        if isinstance(self.shared, nn.Embedding):
             return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         if new_num_tokens not in (None, self.config.vocab_size):
-            raise ValueError("factorized embeddings cannot be resized: resize those of the T5 that this was made of, and factorize again")
+            raise ValueError("factorized or decoded embeddings cannot be resized: resize those of the T5 that this was made of")
         return self.shared
 
 
@@ -235,6 +263,10 @@ def structure_of(model: Any) -> dict[str, Any]:
         raise ValueError(f"cannot make {type(model).__name__} (model type {model_type!r}) compact: {told}")
     if any(".base_layer." in name for name, _ in model.named_parameters()):
         raise ValueError("there are adapters in this model, which are layers of their own: merge them first (merge_and_unload)")
+    if getattr(model.config, "decoded", None):
+        raise ValueError(
+            "this model's matrices are decoded: take the model before (compress_offline comes last), or restore_matrices of it"
+        )
     return t5_fields(model.config)
 
 

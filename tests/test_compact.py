@@ -24,6 +24,7 @@ from transformers import (
 from modular_t5 import (
     CompactT5Config,
     CompactT5ForConditionalGeneration,
+    compress_offline,
     drop_layers,
     factorize_embeddings,
     merge_feed_forwards,
@@ -53,10 +54,15 @@ def share(model, tokenizer):
     return share_layers(model, {"encoder": len(model.encoder.block)})
 
 
-METHODS = {"drop": drop, "merge": merge, "prune": prune, "factorize": factorize, "share": share}
-# Layers that share all they have share feed-forwards and heads too.
-PAIRS = [pair for pair in permutations(METHODS, 2) if not ("share" in pair and {"merge", "prune"} & set(pair))]
-LONGEST = ("drop", "merge", "prune", "factorize")
+def offline(model, tokenizer):
+    matrices = ["attention", "feed-forwards", *([] if getattr(model.config, "embedding_rank", None) else ["embeddings"])]
+    return compress_offline(model, 1.5, matrices=matrices, steps=20, description=None)
+
+
+METHODS = {"drop": drop, "merge": merge, "prune": prune, "factorize": factorize, "share": share, "offline": offline}
+# Layers that share all they have share feed-forwards and heads too; of decoded matrices nothing is made.
+PAIRS = [pair for pair in permutations(METHODS, 2) if not ("share" in pair and {"merge", "prune"} & set(pair)) and pair[0] != "offline"]
+LONGEST = ("drop", "merge", "prune", "factorize", "offline")
 CHAINS = [*((name,) for name in METHODS), *PAIRS, LONGEST]
 FAMILIES = ["v1.0", "v1.1", "mt5", "byt5", "assembled"]
 
@@ -192,7 +198,7 @@ def test_other_types(dtype, tokenizer, inputs, tmp_path):
     compact.save_pretrained(tmp_path)
     loaded = CompactT5ForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
     assert loaded.dtype == dtype
-    torch.testing.assert_close(logits(loaded, inputs).float(), logits(compact, inputs), rtol=0.1, atol=0.3)
+    torch.testing.assert_close(logits(loaded, inputs).float(), logits(compact, inputs), rtol=0.1, atol=0.5)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +213,15 @@ def test_other_types(dtype, tokenizer, inputs, tmp_path):
         ({"heads": {"encoder": [[0]] * 6}}, "heads is a mapping of encoder, decoder, cross"),
         ({"embedding_rank": 17}, r"embedding_rank must be an integer from 1 to d_model \(16\)"),
         ({"untied_head": True}, "true only with embedding_rank"),
+        ({"decoded": {"matrices": ["shared"]}}, "decoded is a list of groups"),
+        ({"decoded": [{"matrices": ["shared"], "rank": 17}]}, r"rank of a group of decoded must be an integer from 1 to d_model \(16\)"),
+        ({"decoded": [{"matrices": ["shared"], "rank": 2, "hidden": -1}]}, "hidden of a group of decoded"),
+        ({"decoded": [{"matrices": ["encoder.block.0"], "rank": 2}]}, r"names matrices of a T5, such as .* got \['encoder.block.0'\]"),
+        ({"decoded": [{"matrices": ["shared"], "rank": 2}, {"matrices": ["shared"], "rank": 2}]}, "names a matrix twice"),
+        ({"decoded": [{"matrices": ["shared"], "rank": 2, "keep_factors": True}]}, "and not of embeddings; got True"),
+        ({"decoded": [{"matrices": ["shared"], "rank": 2}], "embedding_rank": 4}, "either factorized"),
+        ({"decoded": [{"matrices": ["lm_head"], "rank": 2}]}, "a head is decoded where embeddings are too"),
+        ({"decoded": [{"matrices": ["shared"], "rnk": 2}]}, "has no 'rnk'"),
         ({"d_model": 10**9}, "d_model must be an integer from 1 to"),
         (
             {"tied_layers": {"encoder": [0] * 6, "decoder": [0] * 6}, "tied_feed_forwards": {"encoder": [0] * 6, "decoder": [0] * 6}},
@@ -291,7 +306,7 @@ def test_a_side_of_a_factorized_model_has_its_embeddings(name, inputs, tmp_path)
     [
         ({"shared.weight": torch.zeros(3, 3)}, {}, r"shared.weight is \(3, 3\), and by the configuration \(61, 16\)"),
         ({"nonsense.weight": torch.zeros(3)}, {}, "tensors has no 'nonsense.weight'"),
-        ({}, {"embeding_rank": 4}, "from_t5 has no 'embeding_rank'; it takes decoder_layerdrop, embedding_rank"),
+        ({}, {"embeding_rank": 4}, "from_t5 has no 'embeding_rank'; it takes decoded, decoder_layerdrop"),
         ({}, {"d_ff": 12}, "from_t5 has no 'd_ff'"),
         ({}, {"embedding_rank": 4}, "needs shared.projection, which is not there"),
         (

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from modular_t5 import CompactT5ForConditionalGeneration, factorize_embeddings, trim_vocabulary
-from modular_t5.embeddings import count_tokens, weighted_factors
+from modular_t5.compacting import weighted_factors
+from modular_t5.embeddings import count_tokens
 
 
 def test_the_factors_are_numpys():

@@ -1,0 +1,144 @@
+"""Matrices of which every row is kept as a few numbers, a latent, and restored by a decoder that many rows have in common."""
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+
+# Matrices of a T5 whose columns, not rows, are as wide as the model.
+_TRANSPOSED = re.compile(r"\.(o|wo)$")
+
+
+class RowDecoder(nn.Module):
+    """Latents (rows, rank) -> rows (rows, width): linear, and beside that, if it is to have hidden units, through those.
+
+    Args:
+        rank: of a latent.
+        hidden: units; 0 makes it linear.
+        width: of a row.
+    """
+
+    def __init__(self, rank: int, hidden: int, width: int):
+        super().__init__()
+        self.linear = nn.Parameter(torch.empty(rank, width))
+        self.hidden = hidden
+        if hidden:
+            self.inner = nn.Linear(rank, hidden)
+            self.outer = nn.Parameter(torch.empty(hidden, width))
+
+    def forward(self, latents_NR: torch.Tensor) -> torch.Tensor:
+        """On copies: where memory is aligned in another way, as a mapped file's may be, a product can differ in its last bit."""
+        latents_NR = latents_NR.clone()
+        linear_RD, *of_hidden = (tensor.clone() for tensor in self.tensors())
+        if not of_hidden:
+            return latents_NR @ linear_RD
+        inner_HR, bias_H, outer_HD = of_hidden
+        return latents_NR @ linear_RD + nn.functional.gelu(latents_NR @ inner_HR.T + bias_H) @ outer_HD
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Its parameters; `parameters()` would take longer to find them than a matrix of a small T5 takes to multiply."""
+        return [self.linear, self.inner.weight, self.inner.bias, self.outer] if self.hidden else [self.linear]
+
+    def init_weights(self) -> None:
+        """For latents of deviation 1, rows of length 1, about."""
+        for matrix in (self.linear, self.outer) if self.hidden else (self.linear,):
+            init.normal_(matrix, std=matrix.numel() ** -0.5)
+
+
+class RestoredMatrix(nn.Module):
+    """What stands in for a module with a matrix `weight`: latents, norms of rows where the decoder is not linear, the decoder.
+
+    While any of that learns, the matrix is restored whenever it is read; else once, and kept until they change.
+
+    Args:
+        module: what it stands in for.
+        path: of that in a T5.
+        decoder: of the latents.
+        owner: whether the decoder is this module's child. Of those that share one a single module has it; the others refer to it.
+    """
+
+    def __init__(self, module: nn.Module, path: str, decoder: RowDecoder, *, owner: bool):
+        super().__init__()
+        self.transposed = is_transposed(path)
+        self.shape = module.weight.shape
+        rows, rank = self.shape[self.transposed], decoder.linear.shape[0]
+        self.latents = nn.Parameter(torch.empty(rows, rank))
+        self.norms = nn.Parameter(torch.empty(rows, 1)) if decoder.hidden else None
+        if owner:
+            self.decoder = decoder
+        else:
+            self.__dict__["decoder"] = decoder
+        self._restored: tuple[Any, torch.Tensor] | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The matrix."""
+        parameters = [self.latents, *([] if self.norms is None else [self.norms]), *self.decoder.tensors()]
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+            return self.restored()
+        state = [(each.data_ptr(), each.dtype, 0 if each.is_inference() else each._version) for each in parameters]
+        if self._restored is None or self._restored[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self._restored = state, self.restored()
+        return self._restored[1]
+
+    def restored(self) -> torch.Tensor:
+        """The matrix, made anew."""
+        rows_ND = self.decoder(self.latents.to(self.decoder.linear.dtype)).to(self.latents.dtype)
+        rows_ND = rows_ND if self.norms is None else rows_ND * self.norms
+        matrix = rows_ND.T.contiguous() if self.transposed else rows_ND
+        matrix._is_hf_initialized = True  # or T5's initialisation would write into it
+        return matrix
+
+    def train(self, mode: bool = True) -> "RestoredMatrix":
+        """As `nn.Module.train`. What was restored is forgotten, for some optimizers write past the count of versions."""
+        self._restored = None
+        return super().train(mode)
+
+    def init_weights(self) -> None:
+        """Rows of length 1, about."""
+        init.normal_(self.latents)
+        if self.norms is not None:
+            init.ones_(self.norms)
+
+
+class RestoredLinear(RestoredMatrix):
+    """In place of a linear map."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(..., columns) -> (..., rows)."""
+        return nn.functional.linear(states, self.weight)
+
+
+class RestoredEmbedding(RestoredMatrix):
+    """In place of embeddings."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Ids of any shape -> (..., width)."""
+        return nn.functional.embedding(input_ids, self.weight)
+
+    def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., width) -> (..., vocabulary)."""
+        return nn.functional.linear(hidden_states, self.weight)
+
+
+class FactoredLinear(RestoredMatrix):
+    """In place of a linear map, with a linear decoder: what comes in goes through the factors, and the matrix is never made."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(..., columns) -> (..., rows)."""
+        linear = self.decoder.linear.to(self.latents.dtype)
+        return states @ self.latents @ linear if self.transposed else states @ linear.T @ self.latents.T
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Shape, type and place of the matrix without its numbers, which are `restored()`: T5 asks for them."""
+        return torch.empty(self.shape, dtype=self.latents.dtype, device="meta")
+
+
+def is_transposed(path: str) -> bool:
+    """Whether the columns of the matrix at a path in a T5, not its rows, are as wide as the model."""
+    return _TRANSPOSED.search(path) is not None
