@@ -7,6 +7,7 @@ Source: Verma, Murray, Duh, "Merging Feed-Forward Sublayers for Compressed Trans
 """
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from .compacting import CompactReport, by_side, mean_loss
 from .configuration_compact_t5 import check_keys
 from .measuring import evaluating, labelled_batches, on_device
 from .modeling_compact_t5 import CompactT5ForConditionalGeneration, structure_of
+from .presenting import heat_maps
 
 
 def aligning_permutation(correlation_FF: torch.Tensor) -> torch.Tensor:
@@ -179,6 +181,17 @@ def feed_forward_similarity(
         moments = _moments(model, batches, side, [(i, j) for i in layers for j in layers[i:]], description)
         similar[side] = torch.tensor([[moments.similarity(min(i, j), max(i, j)) for j in layers] for i in layers])
     return similar
+
+
+def plot_similarity(similarity: Mapping[str, torch.Tensor], path: str | os.PathLike, title: str = "") -> None:
+    """A heat map of what `feed_forward_similarity` returns, a row and a column a layer.
+
+    Raises:
+        ValueError: there is none, or of another side.
+        ImportError: matplotlib is not installed.
+    """
+    check_keys("similarity", similarity, SIDES)
+    heat_maps("plot_similarity", similarity, path, axes=("layer", "layer"), measure="similarity of feed-forwards", title=title)
 
 
 def _ties(model: T5ForConditionalGeneration) -> dict[str, list[int]]:

@@ -17,7 +17,7 @@ from .compacting import CompactReport, mean_loss
 from .configuration_compact_t5 import ATTENTIONS, check_keys
 from .measuring import evaluating, labelled_batches, on_device
 from .modeling_compact_t5 import CompactT5ForConditionalGeneration, attention_path, structure_of
-from .presenting import figure_class
+from .presenting import heat_maps
 
 
 @torch.inference_mode(False)
@@ -139,18 +139,9 @@ def plot_heads(importance: Mapping[str, torch.Tensor], path: str | os.PathLike, 
         ImportError: matplotlib is not installed.
     """
     check_keys("importance", importance, list(ATTENTIONS))
-    if not importance:
-        raise ValueError("there is no importance of any head to draw")
-    figure = figure_class("plot_heads")(figsize=(8, 4.5), dpi=150, layout="constrained")
     names = {"encoder": "encoder", "decoder": "decoder", "cross": "decoder, over the source"}
-    for axes, (kind, of_kind) in zip(figure.subplots(1, len(importance), squeeze=False)[0], importance.items(), strict=True):
-        shown = axes.imshow(of_kind.numpy(), vmin=0, vmax=max(float(each.max()) for each in importance.values()), aspect="auto")
-        axes.set_title(names[kind], fontsize=9)
-        axes.set_xlabel("head")
-        axes.set_ylabel("layer")
-    figure.colorbar(shown, ax=figure.axes, label="importance")
-    figure.suptitle(title)
-    figure.savefig(path)
+    maps = {names[kind]: of_kind for kind, of_kind in importance.items()}
+    heat_maps("plot_heads", maps, path, axes=("head", "layer"), measure="importance", title=title)
 
 
 def _heads(model: T5ForConditionalGeneration) -> dict[str, list[list[int]]]:

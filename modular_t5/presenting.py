@@ -63,3 +63,30 @@ def picture(of: str) -> tuple[Any, Any]:
     """A figure and its axes, of the size of a card; an `ImportError` as of `figure_class`."""
     figure = figure_class(of)(figsize=(8, 4.5), dpi=150, layout="constrained")
     return figure, figure.add_subplot()
+
+
+def heat_maps(of: str, maps: Mapping[str, Any], path: str | os.PathLike, *, axes: tuple[str, str], measure: str, title: str) -> None:
+    """Matrices of numbers of at least 0 side by side, in the same colours.
+
+    Args:
+        of: what draws them, for the error's message.
+        maps: by what stands above each.
+        axes: what columns and rows are.
+        measure: what the numbers are.
+
+    Raises:
+        ValueError: there is none.
+        ImportError: matplotlib is not installed.
+    """
+    if not maps:
+        raise ValueError(f"{of} has nothing to draw")
+    figure = figure_class(of)(figsize=(8, 4.5), dpi=150, layout="constrained")
+    most = max(float(each.max()) for each in maps.values())
+    for each, (name, numbers) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
+        shown = each.imshow(numbers.numpy(), vmin=0, vmax=most, aspect="auto")
+        each.set_title(name, fontsize=9)
+        each.set_xlabel(axes[0])
+        each.set_ylabel(axes[1])
+    figure.colorbar(shown, ax=figure.axes, label=measure)
+    figure.suptitle(title)
+    figure.savefig(path)

@@ -12,7 +12,7 @@ from test_heads import loss_of
 from transformers import AutoTokenizer
 
 from modular_t5 import merge_feed_forwards
-from modular_t5.feed_forwards import FeatureMoments, aligning_permutation, averaged, feed_forward_similarity, permuted
+from modular_t5.feed_forwards import FeatureMoments, aligning_permutation, averaged, feed_forward_similarity, permuted, plot_similarity
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_without_scipy_it_says_what_to_install(monkeypatch):
         aligning_permutation(torch.eye(3))
 
 
-def test_copies_are_alike(tokenizer):
+def test_copies_are_alike(tokenizer, tmp_path):
     model = make_teacher()
     plant(model, "encoder", 0, [1])
     similar = feed_forward_similarity(model, examples(40), tokenizer, description=None)
@@ -179,3 +179,7 @@ def test_copies_are_alike(tokenizer):
     torch.testing.assert_close(similar["encoder"], similar["encoder"].T)
     torch.testing.assert_close(similar["encoder"].diagonal(), torch.ones(6))
     assert similar["encoder"][0, 1] > similar["encoder"][0, 2:].max()
+    plot_similarity(similar, tmp_path / "similar.png", title="Feed-forwards")
+    assert (tmp_path / "similar.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="similarity has no 'cross'; it takes encoder, decoder"):
+        plot_similarity({"cross": similar["encoder"]}, tmp_path / "wrong.png")

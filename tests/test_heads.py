@@ -151,7 +151,7 @@ def test_the_picture(tokenizer, tmp_path):
         plot_heads(drawn, tmp_path / f"{name}.png", title="Heads")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     for wrong, message in (
-        ({}, "no importance"),
+        ({}, "plot_heads has nothing to draw"),
         ({"side": importance["cross"]}, "importance has no 'side'; it takes"),
     ):
         with pytest.raises(ValueError, match=message):
