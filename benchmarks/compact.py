@@ -6,8 +6,8 @@
 The first file is the settings of a comparison (`modular-t5 compare`), for texts and lengths. Every row is made of the teacher, or of a size
 of the bank, and then trained for `--max_steps` as a distillation: on the teacher's beams, and by its predictions; sizes of the bank as they
 are have learned already. By the loss of the validation split are chosen the learning rate, with the first row that begins with the teacher
-and the first that begins with a size, and the best two of the ways to 6x, which are trained for `--longest_steps` besides. Rows that are done
-are not done again, and a training that was stopped goes on: for another setting take another folder.
+and the first that begins with a size, and the best two of the ways to 6x, which are trained for `--longest_steps` besides. Rows
+that are done are not done again, and a training that was stopped goes on: for another setting take another folder.
 """
 
 import argparse

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import logits, make_bank, make_teacher
 from test_calibration import examples
-from transformers import AutoTokenizer, T5ForConditionalGeneration
+from transformers import AutoTokenizer, Seq2SeqTrainer, Seq2SeqTrainingArguments, T5ForConditionalGeneration
 
 from modular_t5 import CompactT5ForConditionalGeneration, drop_layers, merge_feed_forwards, prune_heads, share_layers
 from modular_t5.baselines import layers_left_out
@@ -154,6 +154,18 @@ def test_layers_are_left_out_of_training_at_the_rate(inputs, tmp_path):
     stock = drop_layers(model, encoder=[1, 3])[0]
     assert (stock.config.num_layers, type(stock.encoder.block).__name__) == (4, "LayerDropBlocks")
     assert isinstance(stock, T5ForConditionalGeneration)
+
+
+def test_shared_layers_train_while_some_are_left_out(tokenizer, tmp_path):
+    shared, _ = share_layers(make_teacher("v1.1"), {"encoder": 3})
+    model = CompactT5ForConditionalGeneration.from_t5(shared, decoder_layerdrop=0.3)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    settings = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    args = Seq2SeqTrainingArguments(tmp_path, max_steps=6, optim="sgd", learning_rate=0.1, **settings)
+    rows = [{"input_ids": [5, 6, 7, 1], "attention_mask": [1] * 4, "labels": [8, 9, 1]}] * 4
+    Seq2SeqTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train()
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters() if "block" in name)
+    assert len({id(block.layer[0].SelfAttention.q.weight) for block in model.encoder.block}) == 2
 
 
 @pytest.mark.parametrize("rate", [1, -0.1, "much", True])
