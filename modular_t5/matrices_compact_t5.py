@@ -77,11 +77,12 @@ class RestoredMatrix(nn.Module):
     def weight(self) -> torch.Tensor:
         """The matrix."""
         parameters = [self.latents, *([] if self.norms is None else [self.norms]), *self.decoder.tensors()]
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+        if self.latents.is_meta or (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)):
             return self.restored()
         state = [(each.data_ptr(), each.dtype, 0 if each.is_inference() else each._version) for each in parameters]
         if self._restored is None or self._restored[0] != state:
-            with torch.inference_mode(False), torch.no_grad():
+            # What is kept is of full precision, and of use outside, whatever goes on around.
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.latents.device.type, enabled=False):
                 self._restored = state, self.restored()
         return self._restored[1]
 

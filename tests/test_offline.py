@@ -178,8 +178,9 @@ def test_a_matrix_is_restored_once_and_whenever_what_it_is_made_of_changes():
         assert q.weight is changed
         compact.train().eval()
         assert not torch.allclose(q.weight, changed)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         in_inference = q.weight
+    torch.testing.assert_close(in_inference, q.restored(), rtol=1e-6, atol=1e-6)
     assert not in_inference.is_inference()
     assert q.weight.requires_grad  # with gradients it is made anew, and they reach what it is made of
     q.weight.sum().backward()
