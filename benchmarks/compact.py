@@ -288,15 +288,16 @@ def main() -> None:
 def table(results: Mapping[str, Any]) -> str:
     """Markdown: per cent of the teacher's BLEU before and after the training."""
     whole = results["teacher"]["BLEU"]
+    rows = [*results["rows"], *results["longest"]]
     cells = [
         [
             row["name"],
             f"{row['parameters']:,}",
             f"{row['total_ratio']:.2f}x",
-            *(f"{row[when]['test_BLEU']:.2f} ({100 * row[when]['test_BLEU'] / whole:.1f} %)" for when in ("before", "after")),
-            f"{row['after']['steps']:,}",
+            *(f"{row[when]['BLEU']:.2f} ({100 * row[when]['BLEU'] / whole:.1f} %)" if row[when] else "" for when in ("before", "after")),
+            f"{row['after']['steps']:,}" if row["after"] else "",
         ]
-        for row in [*results["rows"], *results["longest"]]
+        for row in rows
     ]
     return markdown_table(["", "parameters", "total ratio", "BLEU before", "BLEU after", "steps"], cells)
 

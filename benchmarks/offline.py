@@ -74,13 +74,17 @@ def main() -> None:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: of every method error and, in brackets, BLEU, a column a ratio."""
     ratios = sorted({row["ratio"] for row in rows})
-    cells: dict[tuple[str, str], list[str]] = {}
+    cells: dict[tuple[str, str], dict[float, str]] = {}
     for row in rows:
         way = METHODS[row["method"]] + (", weighed" if row["weighted"] else "")
         if len(GROUPS[row["matrices"]]) > 1:
             way += ", together" if row["together"] else ", each by itself"
-        cells.setdefault((row["matrices"], way), [row["matrices"], way]).append(f"{row['error']:.3f} ({row['BLEU']:.2f})")
-    return markdown_table(["matrices", "method", *(f"{ratio:g}x" for ratio in ratios)], list(cells.values()), left=2)
+        cells.setdefault((row["matrices"], way), {})[row["ratio"]] = f"{row['error']:.3f} ({row['BLEU']:.2f})"
+    return markdown_table(
+        ["matrices", "method", *(f"{ratio:g}x" for ratio in ratios)],
+        [[*name, *(of[ratio] for ratio in ratios)] for name, of in cells.items()],
+        left=2,
+    )
 
 
 if __name__ == "__main__":

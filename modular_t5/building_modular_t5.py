@@ -24,6 +24,7 @@ def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
+@torch.inference_mode(False)
 def built(
     model_class: type,
     config: T5Config,
@@ -50,7 +51,8 @@ def built(
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, and by the configuration {tuple(wanted)}")
             if id(tensor) not in parameters:
                 own = tensor.detach().to(device=device, dtype=dtype_of(name, dtype))
-                parameters[id(tensor)] = nn.Parameter(own if share_weights or own.data_ptr() != tensor.data_ptr() else own.clone())
+                mine = own.data_ptr() != tensor.data_ptr() and not own.is_inference()
+                parameters[id(tensor)] = nn.Parameter(own if share_weights or mine else own.clone())
             module._parameters[leaf] = parameters[id(tensor)]
     model.generation_config = copy.deepcopy(generation_config)
     record_tie(model)

@@ -12,6 +12,7 @@ from transformers import MT5ForConditionalGeneration, PreTrainedTokenizerBase, T
 from transformers.modeling_outputs import BaseModelOutput
 
 from .modeling_modular_t5 import ModularT5ForConditionalGeneration
+from .offline import restore_matrices
 
 
 T5 = T5ForConditionalGeneration | MT5ForConditionalGeneration
@@ -58,7 +59,8 @@ def to_ctranslate2(
             return spec
 
     folder = _free(folder, "model.bin", force)
-    copied = copy.deepcopy(model).cpu()  # quantizing writes into the tensors that it is given
+    # Quantizing writes into the tensors that it is given.
+    copied = (restore_matrices(model) if getattr(model.config, "decoded", None) else copy.deepcopy(model)).cpu()
     T5Converter().convert(os.fspath(folder), quantization=quantization, force=True)
     tokenizer.save_pretrained(folder)
     return folder

@@ -13,7 +13,7 @@ _TRANSPOSED = re.compile(r"\.(o|wo)$")
 
 
 class RowDecoder(nn.Module):
-    """Latents (rows, rank) -> rows (rows, width): linear, and beside that, if it is to have hidden units, through those.
+    """Latents (..., rank) -> rows (..., width): linear, and beside that, if it is to have hidden units, through those.
 
     Args:
         rank: of a latent.
@@ -29,14 +29,14 @@ class RowDecoder(nn.Module):
             self.inner = nn.Linear(rank, hidden)
             self.outer = nn.Parameter(torch.empty(hidden, width))
 
-    def forward(self, latents_NR: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """On copies: where memory is aligned in another way, as a mapped file's may be, a product can differ in its last bit."""
-        latents_NR = latents_NR.clone()
+        latents = latents.clone()
         linear_RD, *of_hidden = (tensor.clone() for tensor in self.tensors())
         if not of_hidden:
-            return latents_NR @ linear_RD
+            return latents @ linear_RD
         inner_HR, bias_H, outer_HD = of_hidden
-        return latents_NR @ linear_RD + nn.functional.gelu(latents_NR @ inner_HR.T + bias_H) @ outer_HD
+        return latents @ linear_RD + nn.functional.gelu(latents @ inner_HR.T + bias_H) @ outer_HD
 
     def tensors(self) -> list[torch.Tensor]:
         """Its parameters; `parameters()` would take longer to find them than a matrix of a small T5 takes to multiply."""
@@ -51,7 +51,8 @@ class RowDecoder(nn.Module):
 class RestoredMatrix(nn.Module):
     """What stands in for a module with a matrix `weight`: latents, norms of rows where the decoder is not linear, the decoder.
 
-    While any of that learns, the matrix is restored whenever it is read; else once, and kept until they change.
+    With gradients the matrix is restored whenever it is used; without, once, and kept until what it is made of changes. Who writes there
+    through `.data`, of which nothing tells, has `eval()` or `train()` forget it.
 
     Args:
         module: what it stands in for.
@@ -71,32 +72,43 @@ class RestoredMatrix(nn.Module):
             self.decoder = decoder
         else:
             self.__dict__["decoder"] = decoder
-        self._restored: tuple[Any, torch.Tensor] | None = None
+        self._kept: tuple[Any, torch.Tensor] | None = None
 
     @property
     def weight(self) -> torch.Tensor:
-        """The matrix."""
-        parameters = [self.latents, *([] if self.norms is None else [self.norms]), *self.decoder.tensors()]
-        if self.latents.is_meta or (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)):
-            return self.restored()
-        state = [(each.data_ptr(), each.dtype, 0 if each.is_inference() else each._version) for each in parameters]
-        if self._restored is None or self._restored[0] != state:
+        """The matrix, without gradients."""
+        if self.latents.is_meta or torch.compiler.is_compiling():
+            return self.restored().detach()
+        state = [(each.data_ptr(), each.dtype, 0 if each.is_inference() else each._version) for each in self._made_of()]
+        if self._kept is None or self._kept[0] != state:
             # What is kept is of full precision, and of use outside, whatever goes on around.
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.latents.device.type, enabled=False):
-                self._restored = state, self.restored()
-        return self._restored[1]
+                self._kept = state, self.restored()
+        return self._kept[1]
 
     def restored(self) -> torch.Tensor:
-        """The matrix, made anew."""
-        rows_ND = self.decoder(self.latents.to(self.decoder.linear.dtype)).to(self.latents.dtype)
-        rows_ND = rows_ND if self.norms is None else rows_ND * self.norms
+        """The matrix, made anew, with gradients where these are on."""
+        rows_ND = self.rows(self.latents, self.norms)
         matrix = rows_ND.T.contiguous() if self.transposed else rows_ND
         matrix._is_hf_initialized = True  # or T5's initialisation would write into it
         return matrix
 
+    def rows(self, latents: torch.Tensor, norms: torch.Tensor | None) -> torch.Tensor:
+        """Of latents (..., rank), with norms (..., 1) where there are, (..., width)."""
+        decoded = self.decoder(latents.to(self.decoder.linear.dtype)).to(latents.dtype)
+        return decoded if norms is None else decoded * norms
+
+    def used(self) -> torch.Tensor:
+        """The matrix as a forward takes it."""
+        return self.restored() if self.learns() else self.weight
+
+    def learns(self) -> bool:
+        """Whether gradients are to reach what the matrix is made of."""
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._made_of())
+
     def train(self, mode: bool = True) -> "RestoredMatrix":
-        """As `nn.Module.train`. What was restored is forgotten, for some optimizers write past the count of versions."""
-        self._restored = None
+        """As `nn.Module.train`; the matrix that was kept is forgotten."""
+        self._kept = None
         return super().train(mode)
 
     def init_weights(self) -> None:
@@ -105,25 +117,38 @@ class RestoredMatrix(nn.Module):
         if self.norms is not None:
             init.ones_(self.norms)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are of what the matrix is made of."""
+        return {**self.__dict__, "_kept": None}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "RestoredMatrix":
+        self._kept = None
+        return super()._apply(*args, **kwargs)
+
+    def _made_of(self) -> list[torch.Tensor]:
+        return [self.latents, *([] if self.norms is None else [self.norms]), *self.decoder.tensors()]
+
 
 class RestoredLinear(RestoredMatrix):
     """In place of a linear map."""
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(..., columns) -> (..., rows)."""
-        return nn.functional.linear(states, self.weight)
+        return nn.functional.linear(states, self.used())
 
 
 class RestoredEmbedding(RestoredMatrix):
     """In place of embeddings."""
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Ids of any shape -> (..., width)."""
-        return nn.functional.embedding(input_ids, self.weight)
+        """Ids of any shape -> (..., width); where they learn, these rows alone are decoded."""
+        if not self.learns():
+            return nn.functional.embedding(input_ids, self.weight)
+        return self.rows(self.latents[input_ids], None if self.norms is None else self.norms[input_ids])
 
     def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., width) -> (..., vocabulary)."""
-        return nn.functional.linear(hidden_states, self.weight)
+        return nn.functional.linear(hidden_states, self.used())
 
 
 class FactoredLinear(RestoredMatrix):

@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block
 
 from .assembly_modular_t5 import SIDES
-from .building_modular_t5 import built, record_tie, run_like
+from .building_modular_t5 import built, is_tied, record_tie, run_like
 from .configuration_compact_t5 import ATTENTIONS, CompactT5Config, check_keys
 from .configuration_modular_t5 import t5_fields
 from .matrices_compact_t5 import FactoredLinear, RestoredEmbedding, RestoredLinear, RestoredMatrix, RowDecoder
@@ -174,14 +174,12 @@ class CompactT5ForConditionalGeneration(T5ForConditionalGeneration):
 
     def _decode(self, matrices: list[str], rank: int, hidden: int, keep_factors: bool) -> None:
         """Let matrices be decoded by one decoder, which the first of them has."""
-        decoder = RowDecoder(rank, hidden, self.config.d_model)
+        decoder, own = RowDecoder(rank, hidden, self.config.d_model), dict(self.named_modules())
         for path in matrices:
-            try:
-                module = self.get_submodule(path)
-            except AttributeError as error:
-                raise ValueError(f"decoded names {path}, which this T5 has not, or not as its own") from error
+            if path not in own:
+                raise ValueError(f"decoded names {path}, which this T5 has not, or shares with another layer that has it")
             of_class = RestoredEmbedding if path == "shared" else FactoredLinear if keep_factors else RestoredLinear
-            restored = of_class(module, path, decoder, owner=path == matrices[0])
+            restored = of_class(own[path], path, decoder, owner=path == matrices[0])
             if path != "shared":
                 self.set_submodule(path, restored)
                 continue
@@ -191,7 +189,7 @@ class CompactT5ForConditionalGeneration(T5ForConditionalGeneration):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: every parameter is in one of transformers' or torch's own modules, initialised as such."""
+        """False: parameters are initialised by transformers' functions, which leave alone what was loaded."""
         return False
 
     @classmethod
@@ -218,6 +216,9 @@ class CompactT5ForConditionalGeneration(T5ForConditionalGeneration):
         config = run_like(model, CompactT5Config(**{**structure_of(model), **changes}))
         config.name_or_path = model.config.name_or_path
         sources = {**dict(model.named_parameters(remove_duplicate=False)), **(tensors or {})}
+        decoded = {path for group in config.decoded or () for path in group["matrices"]}
+        if "shared" in decoded and "lm_head" not in decoded and not is_tied(model):
+            raise ValueError("this model's head is a matrix of its own: name lm_head in decoded, beside shared")
         compact = built(cls, config, sources, model.generation_config)
         check_keys("tensors", tensors or {}, dict(compact.named_parameters(remove_duplicate=False)))
         return compact
@@ -226,7 +227,13 @@ class CompactT5ForConditionalGeneration(T5ForConditionalGeneration):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedModel.from_pretrained`."""
         loaded = super().from_pretrained(*args, **kwargs)
-        record_tie(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        places = set((getattr(model, "hf_device_map", None) or {}).values())
+        if len(places) > 1 and (model.config.decoded or model.config.embedding_rank):
+            raise ValueError(
+                f"factors and decoders are where one of their modules is: load the model on one device, not {sorted(map(str, places))}"
+            )
+        record_tie(model)
         return loaded
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
@@ -238,19 +245,26 @@ class CompactT5ForConditionalGeneration(T5ForConditionalGeneration):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, FactorizedEmbedding):
             init.normal_(module.projection, mean=0.0, std=self.config.initializer_factor * self.config.embedding_rank**-0.5)
-        elif isinstance(module, RowDecoder | RestoredMatrix):
-            module.init_weights()
         elif module is self and not isinstance(self.shared, nn.Embedding):
             pass  # T5's would initialise the embeddings' weight, which is made of other parameters
         elif not isinstance(module, SharedAttention):
             super()._init_weights(module)
+
+    def initialize_weights(self) -> None:
+        """As `PreTrainedModel.initialize_weights`, which asks a stack, not this model, about what is in the stack."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, RowDecoder | RestoredMatrix):
+                module.init_weights()
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """As `PreTrainedModel.resize_token_embeddings`; a `ValueError` for another number of embeddings that are no matrix."""
         if isinstance(self.shared, nn.Embedding):
             return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         if new_num_tokens not in (None, self.config.vocab_size):
-            raise ValueError("factorized or decoded embeddings cannot be resized: resize those of the T5 that this was made of")
+            raise ValueError(
+                "factorized or decoded embeddings cannot be resized: resize those of the T5 that this was made of, or of restore_matrices"
+            )
         return self.shared
 
 

@@ -9,6 +9,8 @@ arXiv 2302.04045; Hsu et al., "Language model compression with weighted low-rank
 """
 
 import copy
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
 
 from .assembly_modular_t5 import is_integer, is_number
-from .building_modular_t5 import built, is_tied, run_like
+from .building_modular_t5 import built, dtype_of, is_tied, run_like
 from .compacting import CompactReport, weighted_factors
 from .configuration_compact_t5 import CompactT5Config
 from .configuration_modular_t5 import t5_fields
@@ -62,11 +64,15 @@ def parameters_of(rows: int, width: int, rank: int, hidden: int) -> int:
 
 def shape_within(rows: int, width: int, budget: float, method: str) -> tuple[int, int] | None:
     """The largest rank within a number of parameters, and hidden units; None if there is none."""
+    if method == "svd":
+        rank = min(width, int(budget / (rows + width)))
+        return (rank, 0) if rank else None
     for rank in range(width, 0, -1):
-        hidden = max(1, min(width, int(_HIDDEN_PART * budget / (rank + 1 + width)))) if method == "autoencoder" else 0
+        hidden = max(1, min(width, int(_HIDDEN_PART * budget / (rank + 1 + width))))
         if parameters_of(rows, width, rank, hidden) <= budget:
             return rank, hidden
-    return None
+    fewer = int((budget - parameters_of(rows, width, 1, 1)) / (2 + width)) + 1  # beside a rank of 1, less than their part is left
+    return (1, fewer) if fewer >= 1 and parameters_of(rows, width, 1, fewer) <= budget else None
 
 
 def truncated_svd(rows_ND: torch.Tensor, rank: int, weights_N: torch.Tensor) -> Encoded:
@@ -88,7 +94,8 @@ def autoencoded(
     norms_N1 = rows_ND.norm(dim=1, keepdim=True)
     units_ND = rows_ND / norms_N1.clamp(min=torch.finfo(torch.float32).tiny)
     weights_N1 = weights_N.to(rows_ND)[:, None] / weights_N.mean()
-    squares_N1 = weights_N1 * norms_N1.square() / (weights_N1 * norms_N1.square()).mean()
+    squares_N1 = weights_N1 * norms_N1.square()
+    squares_N1 = squares_N1 / squares_N1.mean().clamp(min=torch.finfo(torch.float32).tiny)
 
     def random(*shape: int) -> nn.Parameter:
         return nn.Parameter((0.01 * torch.randn(*shape, generator=generator)).to(rows_ND))
@@ -128,6 +135,7 @@ def autoencoded(
     return Encoded(latents_NR.detach(), norms_N1, decoder.requires_grad_(False))
 
 
+@torch.no_grad()
 def compress_offline(
     model: T5ForConditionalGeneration,
     ratio: float,
@@ -142,9 +150,11 @@ def compress_offline(
     seed: int = 0,
     description: str | None = "Compressing",
 ) -> tuple[CompactT5ForConditionalGeneration, CompactReport]:
-    """Keep matrices as latents of their rows and a decoder. They are restored when the model first runs, or with every step of training.
+    """Keep matrices as latents of their rows and a decoder. They are restored once, or, with gradients, at every use.
 
-    Of `o` and `wo` columns are meant for rows: what is decoded is as wide as the model. Of the methods of the compact wing it comes last.
+    Of `o` and `wo` columns are meant for rows: what is decoded is as wide as the model. Of the methods of the compact wing it comes last;
+    adapters, too, go on what `restore_matrices` makes of it. A decoder is a child of its first matrix's module, a side's model by itself
+    may so lack it.
 
     Args:
         model: a T5; left alone.
@@ -170,41 +180,35 @@ def compress_offline(
             no labels.
     """
     structure = structure_of(model)
-    _check(matrices, method, keep_factors, ratio, steps)
+    _check(matrices, method, together, keep_factors, ratio, steps, seed)
     if (dataset is None) != (processing_class is None):
         raise ValueError("dataset and processing_class are given together, or neither")
     if "embeddings" in matrices and structure.get("embedding_rank"):
         raise ValueError("the embeddings are factorized already: leave 'embeddings' out of matrices, or compress the T5 before")
-    chosen = {kind: list(_matrices_of(model, kind)) for kind in matrices}
-    paths = [path for of_kind in chosen.values() for path in of_kind]
-    weights = {} if dataset is None else sensitivity(model, dataset, processing_class, paths, description=description)
-    groups, tensors, missed, sizes = [], {}, dict.fromkeys(chosen, 0.0), dict.fromkeys(chosen, 0.0)
-    for kind, paths in chosen.items():
-        for group in [paths] if together else [[path] for path in paths]:
-            rows = [_rows(model.get_submodule(path).weight, path) for path in group]
-            counts, together_ND = [len(each) for each in rows], torch.cat(rows).detach()
-            total, width = together_ND.shape
-            if not together_ND.isfinite().all():
-                raise ValueError(f"some numbers in {', '.join(group)} are none")
-            if (shape := shape_within(total, width, total * width / ratio, method)) is None:
-                largest = total * width / parameters_of(total, width, 1, int(method == "autoencoder"))
-                raise ValueError(
-                    f"{group[0]} and what shares its decoder ({total} rows) can be compressed up to {largest:.4g}x, got {ratio!r}"
-                )
-            rank, hidden = shape
-            weights_N = torch.cat([weights[path] if weights else torch.ones(n) for path, n in zip(group, counts, strict=True)])
-            if method == "svd":
-                encoded = truncated_svd(together_ND, rank, weights_N)
-            else:
-                encoded = autoencoded(together_ND, rank, hidden, weights_N, steps=steps, seed=seed, description=description)
-            missed[kind] += (encoded.rows() - together_ND).square().sum().item()
-            sizes[kind] += together_ND.square().sum().item()
-            groups.append({"matrices": group, "rank": rank, "hidden": hidden, "keep_factors": keep_factors})
-            tensors |= _tensors(encoded, group, counts, model.dtype)
-    compact = CompactT5ForConditionalGeneration.from_t5(model, tensors, decoded=groups)
-    errors = {kind: (missed[kind] / sizes[kind]) ** 0.5 if sizes[kind] else 0.0 for kind in chosen}
-    error = (sum(missed.values()) / max(sum(sizes.values()), torch.finfo(torch.float32).tiny)) ** 0.5
-    return compact, CompactReport.of(model, compact, error, decoded=groups, errors=errors)
+    kinds = {path: kind for kind in matrices for path in _matrices_of(model, kind)}
+    groups = [[path for path in kinds if kinds[path] == kind] for kind in matrices] if together else [[path] for path in kinds]
+    shapes = [_shape(model, group, ratio, method) for group in groups]
+    weights = {} if dataset is None else sensitivity(model, dataset, processing_class, list(kinds), description=description)
+    decoded, tensors = [], {}
+    for group, (rank, hidden) in zip(groups, shapes, strict=True):
+        rows = [_rows(model.get_submodule(path).weight, path).detach().float() for path in group]
+        weights_N = torch.cat([weights[path] if weights else torch.ones(len(of_one)) for path, of_one in zip(group, rows, strict=True)])
+        weights_N = (weights_N / weights_N.mean()).clamp(min=0.01)  # no row is given up
+        if method == "svd":
+            encoded = truncated_svd(torch.cat(rows), rank, weights_N)
+        else:
+            encoded = autoencoded(torch.cat(rows), rank, hidden, weights_N, steps=steps, seed=seed, description=description)
+        decoded.append({"matrices": group, "rank": rank, "hidden": hidden, "keep_factors": keep_factors})
+        tensors |= {name: tensor.to(dtype_of(name, model.dtype)) for name, tensor in _tensors(encoded, group, list(map(len, rows))).items()}
+    compact = CompactT5ForConditionalGeneration.from_t5(model, tensors, decoded=decoded)
+    missed, sizes = (dict.fromkeys(matrices, 0.0) for _ in range(2))
+    for path, kind in kinds.items():
+        matrix = model.get_submodule(path).weight.float()
+        missed[kind] += (compact.get_submodule(path).restored().float() - matrix).square().sum().item()
+        sizes[kind] += matrix.square().sum().item()
+    errors = {kind: math.sqrt(missed[kind] / max(sizes[kind], sys.float_info.min)) for kind in matrices}
+    error = math.sqrt(sum(missed.values()) / max(sum(sizes.values()), sys.float_info.min))
+    return compact, CompactReport.of(model, compact, error, decoded=decoded, errors=errors)
 
 
 @torch.no_grad()
@@ -214,7 +218,7 @@ def restore_matrices(model: CompactT5ForConditionalGeneration) -> T5ForCondition
     Raises:
         ValueError: no matrix of it is decoded.
     """
-    if not getattr(model.config, "decoded", None):
+    if not getattr(getattr(model, "config", None), "decoded", None):
         raise ValueError("there are no decoded matrices in this model to restore")
     fields = {**t5_fields(model.config), "decoded": None}
     config = CompactT5Config(**fields)
@@ -252,7 +256,7 @@ def sensitivity(
         batch_size: examples whose mean loss is derived at a time.
 
     Returns:
-        By path, (rows,) on the CPU, the mean over all rows 1 and none below a hundredth.
+        By path, (rows,) on the CPU.
 
     Raises:
         ValueError: there are no examples, or one has no labels; or what comes out are no numbers.
@@ -260,29 +264,45 @@ def sensitivity(
     batches = labelled_batches(model, dataset, processing_class, batch_size)
     copied = copy.deepcopy(model).eval().requires_grad_(True)
     matrices = [copied.get_submodule(path).weight for path in paths]
-    sums = [0.0] * len(paths)
+    sums = [torch.zeros(())] * len(paths)
     with torch.enable_grad():
         for batch in tqdm(batches, desc=description, disable=description is None, leave=False):
             derivatives = torch.autograd.grad(copied(**on_device(batch, copied), use_cache=False).loss, matrices)
             squares = [_rows(of_one.float(), path).square().sum(1).cpu() for of_one, path in zip(derivatives, paths, strict=True)]
             sums = [total + of_batch for total, of_batch in zip(sums, squares, strict=True)]
-    mean = torch.cat(sums).mean()
-    if not mean.isfinite() or not mean:
+    if not torch.cat(sums).isfinite().all() or not any(of_one.any() for of_one in sums):
         raise ValueError(f"derivatives of the loss are no numbers in {model.dtype}: take the model in float32, or look at its weights")
-    return {path: (of_one / mean).clamp(min=0.01) for path, of_one in zip(paths, sums, strict=True)}
+    return dict(zip(paths, sums, strict=True))
 
 
-def _check(matrices: Sequence[str], method: str, keep_factors: bool, ratio: float, steps: int) -> None:
-    if isinstance(matrices, str) or not matrices or not set(matrices) <= set(KINDS):
+def _check(matrices: Any, method: Any, together: Any, keep_factors: Any, ratio: Any, steps: Any, seed: Any) -> None:
+    if not isinstance(matrices, list | tuple) or not matrices or not all(kind in list(KINDS) for kind in matrices):
         raise ValueError(f"matrices are some of {', '.join(KINDS)}, in a list; got {matrices!r}")
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    for name, given in (("together", together), ("keep_factors", keep_factors)):
+        if not isinstance(given, bool):
+            raise ValueError(f"{name} is true or false, got {given!r}")
     if keep_factors and (method != "svd" or "embeddings" in matrices):
         raise ValueError("keep_factors goes with method='svd' and other matrices than embeddings, whose factors factorize_embeddings keeps")
     if not is_number(ratio) or not ratio > 1:
         raise ValueError(f"ratio must be a number above 1, got {ratio!r}")
-    if not is_integer(steps) or steps < 3:
-        raise ValueError(f"steps must be an integer of at least 3, got {steps!r}")
+    for name, number, least in (("steps", steps, 3), ("seed", seed, 0)):
+        if not is_integer(number) or number < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
+
+
+def _shape(model: T5ForConditionalGeneration, group: Sequence[str], ratio: float, method: str) -> tuple[int, int]:
+    """Rank and hidden units of a group; a `ValueError` if there are none within the ratio, or the matrices are no numbers."""
+    matrices = [model.get_submodule(path).weight for path in group]
+    if not all(matrix.isfinite().all() for matrix in matrices):
+        raise ValueError(f"some numbers in {', '.join(group)} are none")
+    total, width = sum(matrix.numel() for matrix in matrices), model.config.d_model
+    if (shape := shape_within(total // width, width, total / ratio, method)) is None:
+        largest = total / parameters_of(total // width, width, 1, int(method == "autoencoder"))
+        can = f"up to {math.floor(100 * largest) / 100:g}x" if largest > 1.01 else f"not at all by {method!r}"
+        raise ValueError(f"{group[0]} and what shares its decoder, {total:,} numbers, can be compressed {can}, got {ratio!r}")
+    return shape
 
 
 def _matrices_of(model: T5ForConditionalGeneration, kind: str) -> list[str]:
@@ -297,16 +317,10 @@ def _rows(matrix: torch.Tensor, path: str) -> torch.Tensor:
     return matrix.T if is_transposed(path) else matrix
 
 
-def _tensors(encoded: Encoded, group: Sequence[str], counts: Sequence[int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _tensors(encoded: Encoded, group: Sequence[str], counts: list[int]) -> dict[str, torch.Tensor]:
     """What a group's modules have, by name."""
     tensors = {f"{group[0]}.decoder.{name}": tensor for name, tensor in encoded.decoder.state_dict().items()}
-    for path, latents, norms in zip(
-        group,
-        encoded.latents.split(counts),
-        [None] * len(group) if encoded.norms is None else encoded.norms.split(counts),
-        strict=True,
-    ):
-        tensors[f"{path}.latents"] = latents
-        if norms is not None:
-            tensors[f"{path}.norms"] = norms
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    tensors |= {f"{path}.latents": latents for path, latents in zip(group, encoded.latents.split(counts), strict=True)}
+    if encoded.norms is not None:
+        tensors |= {f"{path}.norms": norms for path, norms in zip(group, encoded.norms.split(counts), strict=True)}
+    return tensors

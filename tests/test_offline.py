@@ -1,15 +1,25 @@
 """Offline compression: decompositions against numpy's, auto-encoders on rows that have a shape, and what is restored of both."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from conftest import logits, make_bank, make_teacher, same
+from safetensors.torch import load_file, save_file
 from test_calibration import examples
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-from modular_t5 import CompactT5ForConditionalGeneration, compress_offline, drop_layers, factorize_embeddings, restore_matrices
+from modular_t5 import (
+    CompactT5Config,
+    CompactT5ForConditionalGeneration,
+    compress_offline,
+    drop_layers,
+    factorize_embeddings,
+    restore_matrices,
+)
+from modular_t5.exports import to_ctranslate2
 from modular_t5.matrices_compact_t5 import FactoredLinear, RestoredMatrix
 from modular_t5.offline import autoencoded, parameters_of, sensitivity, shape_within, truncated_svd
 
@@ -132,9 +142,8 @@ def test_sensitivity_is_the_sum_of_squared_derivatives(tokenizer):
         model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss.backward()
         sums[Q] += model.get_submodule(Q).weight.grad.square().sum(1)
         sums[OUT] += model.get_submodule(OUT).weight.grad.square().sum(0)  # whose columns are as wide as the model
-    mean = torch.cat(list(sums.values())).mean()
     for path, of_one in sums.items():
-        torch.testing.assert_close(found[path], (of_one / mean).clamp(min=0.01), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found[path], of_one, rtol=1e-4, atol=0)
 
 
 def test_sensitivity_leaves_the_model_alone(tokenizer):
@@ -154,7 +163,7 @@ def test_every_group_has_as_many_parameters_as_it_may(method, ratio, together):
     for group in report.chosen["decoded"]:
         before = sum(model.get_submodule(path).weight.numel() for path in group["matrices"])
         after = parameters_of(before // 16, 16, group["rank"], group["hidden"])
-        assert before / after >= ratio
+        assert before / after >= ratio > before / parameters_of(before // 16, 16, group["rank"] + 1, group["hidden"])
         modules = [compact.get_submodule(path) for path in group["matrices"]]
         own = {id(p): p.numel() for module in modules for p in [*module.parameters(), *module.decoder.parameters()]}
         assert sum(own.values()) == after
@@ -182,9 +191,129 @@ def test_a_matrix_is_restored_once_and_whenever_what_it_is_made_of_changes():
         in_inference = q.weight
     torch.testing.assert_close(in_inference, q.restored(), rtol=1e-6, atol=1e-6)
     assert not in_inference.is_inference()
-    assert q.weight.requires_grad  # with gradients it is made anew, and they reach what it is made of
-    q.weight.sum().backward()
+    # With gradients it is made anew, and they reach what it is made of.
+    q(torch.randn(2, 16, dtype=torch.float64)).sum().backward()
     assert all(parameter.grad is not None for parameter in [q.latents, q.norms, *owner.decoder.parameters()])
+    copied = pickle.loads(pickle.dumps(q))
+    assert copied._kept is copy.deepcopy(q)._kept is None
+    assert torch.equal(copied.weight, q.weight)
+
+
+def test_embeddings_that_learn_decode_the_rows_that_are_read():
+    compact, _ = compress_offline(make_teacher(), 1.5, matrices=["embeddings"], **QUICK)
+    ids = torch.tensor([[5, 5, 7]])
+    learning = compact.shared(ids)
+    with torch.no_grad():
+        torch.testing.assert_close(learning, compact.shared(ids), rtol=1e-5, atol=1e-5)
+    learning.sum().backward()
+    assert compact.shared.latents.grad.any(1).nonzero().flatten().tolist() == [5, 7]
+
+
+@pytest.mark.parametrize("method", ["svd", "autoencoder"])
+def test_what_was_never_trained_has_finite_weights(method, tmp_path):
+    compact, _ = compress_offline(make_teacher("v1.1"), 1.5, method=method, **QUICK)
+    torch.use_deterministic_algorithms(True)  # torch fills new memory with NaN then
+    try:
+        fresh = CompactT5ForConditionalGeneration(compact.config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(parameter.isfinite().all() for parameter in fresh.parameters())
+    compact.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor for name, tensor in tensors.items() if not name.startswith("decoder.block.2.")}, file, {"format": "pt"})
+    lacking, info = CompactT5ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert any(name.endswith("latents") for name in info["missing_keys"])
+    for name, parameter in lacking.named_parameters():
+        assert parameter.isfinite().all()
+        assert parameter.abs().max() < 1e3
+        assert name in info["missing_keys"] or torch.equal(parameter, tensors[name])
+
+
+@pytest.mark.parametrize("method", ["svd", "autoencoder"])
+def test_in_float16_as_in_float32(method, inputs, tmp_path):
+    whole = make_teacher()
+    with torch.no_grad():
+        whole.shared.weight.mul_(40)  # whose squares sum up to more than float16 has
+    whole.save_pretrained(tmp_path / "whole")
+    half = T5ForConditionalGeneration.from_pretrained(tmp_path / "whole", dtype=torch.float16)
+    compact, report = compress_offline(half, 1.5, method=method, **QUICK)
+    assert report.error == pytest.approx(compress_offline(whole, 1.5, method=method, **QUICK)[1].error, rel=0.05)
+    wo = "encoder.block.0.layer.1.DenseReluDense.wo"
+    assert compact.get_submodule(wo).latents.dtype == half.get_submodule(wo).weight.dtype == torch.float32
+    assert compact.get_submodule(Q).latents.dtype == torch.float16
+    assert restore_matrices(compact).get_submodule(wo).weight.dtype == torch.float32
+    compact.save_pretrained(tmp_path / "compact")
+    again = CompactT5ForConditionalGeneration.from_pretrained(tmp_path / "compact", dtype=torch.float16)
+    assert torch.equal(logits(again, inputs), logits(compact, inputs))
+
+
+@pytest.mark.parametrize("method", ["svd", "autoencoder"])
+def test_a_matrix_of_zeros(method, inputs):
+    model = make_teacher()
+    with torch.no_grad():
+        model.get_submodule(Q).weight.zero_()
+    compact, report = compress_offline(model, 1.2, matrices=["attention"], method=method, together=False, **QUICK)
+    assert logits(compact, inputs).isfinite().all()
+    assert not compact.get_submodule(Q).weight.any()
+    assert 0 < report.error < 1
+
+
+def test_under_inference_mode_it_can_be_trained(inputs):
+    with torch.inference_mode():
+        compact, _ = compress_offline(make_teacher(), 1.5, **QUICK)
+        restored = restore_matrices(compact)
+    for model in (compact, restored):
+        model(**inputs, labels=inputs["decoder_input_ids"]).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["svd", "autoencoder"])
+@pytest.mark.parametrize(("rows", "width"), [(500, 16), (32128, 512), (20, 16)])
+def test_the_largest_ratio_that_it_says_is_reached(method, rows, width):
+    largest = rows * width / parameters_of(rows, width, 1, int(method == "autoencoder"))
+    assert shape_within(rows, width, rows * width / largest, method) == (1, int(method == "autoencoder"))
+    assert shape_within(rows, width, rows * width / largest - 1, method) is None
+
+
+@pytest.mark.parametrize("keep_factors", [False, True])
+def test_in_ctranslate2(keep_factors, tokenizer, tmp_path):
+    import ctranslate2
+
+    settings = {"matrices": ["attention", "feed-forwards"], "method": "svd", "keep_factors": keep_factors}
+    compact, _ = compress_offline(make_teacher(vocab_size=len(tokenizer)), 1.3, **settings)
+    translator = ctranslate2.Translator(str(to_ctranslate2(compact, tokenizer, tmp_path / "out")), intra_threads=1)
+    ids = tokenizer("one tree and a book").input_ids
+    (result,) = translator.translate_batch([tokenizer.convert_ids_to_tokens(ids)], beam_size=1, max_decoding_length=8)
+    ours = compact.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, 1:].tolist()
+    said = tokenizer.convert_tokens_to_ids(result.hypotheses[0])
+    assert said == ours[: len(said)]
+    assert len(said) > 2
+
+
+@pytest.mark.parametrize(
+    ("structure", "decoded", "message"),
+    [
+        ({"tied_layers": {"encoder": [0, 0, 2, 3, 4, 5], "decoder": list(range(6))}}, [Q], "or shares with another layer"),
+        (
+            {"tied_feed_forwards": {"encoder": [0, 0, 2, 3, 4, 5], "decoder": list(range(6))}},
+            ["encoder.block.1.layer.1.DenseReluDense.wi"],
+            "or shares with another layer",
+        ),
+        ({}, ["encoder.block.6.layer.1.DenseReluDense.wi"], "which this T5 has not"),
+        ({}, ["encoder.block.1.layer.1.DenseReluDense.wi_0"], "which this T5 has not"),
+    ],
+)
+def test_configurations_of_what_is_not_there(structure, decoded, message):
+    config = make_teacher().config.to_dict() | structure | {"decoded": [{"matrices": decoded, "rank": 3}]}
+    del config["model_type"]
+    with pytest.raises(ValueError, match=message):
+        CompactT5ForConditionalGeneration(CompactT5Config(**config))
+
+
+def test_a_head_of_its_own_is_not_lost():
+    with pytest.raises(ValueError, match="name lm_head in decoded, beside shared"):
+        CompactT5ForConditionalGeneration.from_t5(make_teacher("v1.1"), decoded=[{"matrices": ["shared"], "rank": 3}])
 
 
 def test_kept_factors_are_never_multiplied(monkeypatch, inputs):
@@ -241,6 +370,11 @@ def test_embeddings_stay_tied_or_not(name, inputs, tmp_path):
         ({"method": "pca"}, "unknown method 'pca'; choose one of autoencoder, svd"),
         ({"keep_factors": True}, "keep_factors goes with method='svd'"),
         ({"keep_factors": True, "method": "svd"}, "whose factors factorize_embeddings keeps"),
+        ({"keep_factors": 1}, "keep_factors is true or false, got 1"),
+        ({"together": "no"}, "together is true or false, got 'no'"),
+        ({"matrices": 5}, "in a list; got 5"),
+        ({"matrices": [["a"]]}, "in a list"),
+        ({"seed": "a"}, "seed must be an integer of at least 0, got 'a'"),
         ({"steps": 2}, "steps must be an integer of at least 3, got 2"),
         ({"dataset": [{"input_ids": [3, 1], "labels": [4, 1]}]}, "given together, or neither"),
     ],
