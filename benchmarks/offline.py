@@ -3,8 +3,9 @@
     python benchmarks/offline.py --teacher DIR --validation_file validation.jsonl --test_file test.jsonl --source_lang en --target_lang de \
         --output benchmarks/results/DATE-offline.json
 
-Embeddings, or all matrices of attention, are compressed by each method and ratio, in one group or each by itself, and all rows alike or
-weighed by what the loss of validation texts says of them. Told are the error of the matrices and greedy BLEU of the test texts.
+Embeddings, or all matrices of attention, are compressed by each method and ratio, those of the same place in all layers together or each
+by itself, and all rows alike or weighed by what the loss of validation texts says of them. Told are the error of the matrices and greedy
+BLEU of the test texts.
 """
 
 import argparse

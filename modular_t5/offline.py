@@ -10,8 +10,9 @@ arXiv 2302.04045; Hsu et al., "Language model compression with weighted low-rank
 
 import copy
 import math
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -161,7 +162,8 @@ def compress_offline(
         ratio: parameters of the chosen matrices, before / after, reached by every group that shares a decoder.
         matrices: which, of `KINDS`. Where the head is tied to the embeddings, it stays so.
         method: `"autoencoder"`, or `"svd"`, a truncated singular value decomposition.
-        together: whether all matrices of a kind share a decoder, across layers; else each has its own.
+        together: whether the matrices of the same place in all layers of a side share a decoder, such as all queries of the encoder; else
+            each has its own.
         keep_factors: never restore matrices, but multiply with their factors, which is less memory, and less work where the ratio is
             above 2. For `"svd"`, and not for embeddings, whose factors `factorize_embeddings` keeps.
         dataset: a few hundred examples, `input_ids` and `labels`: rows are weighed by how much their loss depends on them (`sensitivity`).
@@ -186,7 +188,7 @@ def compress_offline(
     if "embeddings" in matrices and structure.get("embedding_rank"):
         raise ValueError("the embeddings are factorized already: leave 'embeddings' out of matrices, or compress the T5 before")
     kinds = {path: kind for kind in matrices for path in _matrices_of(model, kind)}
-    groups = [[path for path in kinds if kinds[path] == kind] for kind in matrices] if together else [[path] for path in kinds]
+    groups = _of_the_same_place(kinds) if together else [[path] for path in kinds]
     shapes = [_shape(model, group, ratio, method) for group in groups]
     weights = {} if dataset is None else sensitivity(model, dataset, processing_class, list(kinds), description=description)
     decoded, tensors = [], {}
@@ -310,6 +312,14 @@ def _matrices_of(model: T5ForConditionalGeneration, kind: str) -> list[str]:
     if kind == "embeddings":
         return ["shared"] if is_tied(model) else ["shared", "lm_head"]
     return [path for path, module in model.named_modules() if path.endswith(KINDS[kind]) and isinstance(module, nn.Linear)]
+
+
+def _of_the_same_place(paths: Iterable[str]) -> list[list[str]]:
+    """Paths that differ in nothing but the number of the layer, in groups."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        groups.setdefault(re.sub(r"block\.\d+", "block", path), []).append(path)
+    return list(groups.values())
 
 
 def _rows(matrix: torch.Tensor, path: str) -> torch.Tensor:

@@ -114,6 +114,9 @@ def test_the_tables_of_choices_and_engines_are_those_of_the_files():
     choosing, exports, latency = (runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py")) for name in ("choosing", "exports", "latency"))
     assert choosing["quality_table"](result_of("choosing")) in README
     assert latency["latency_table"](result_of("latency")["latency"]) in BENCHMARKS
+    compact, offline = (runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py")) for name in ("compact", "offline"))
+    assert compact["table"](result_of("compact")) in README
+    assert offline["table"](result_of("offline")["rows"]) in README
     for name in ("exports", "exports-base"):
         assert exports["summary"](result_of(name)["rows"]) in README
 
