@@ -400,3 +400,13 @@ def test_what_is_compressed_already(tokenizer):
         broken.shared.weight[3, 3] = float("nan")
     with pytest.raises(ValueError, match="some numbers in shared are none"):
         compress_offline(broken, 1.5, **QUICK)
+
+
+def test_what_is_shared_is_on_one_device(inputs, tmp_path):
+    compact, _ = compress_offline(make_teacher("v1.1"), 1.5, matrices=["attention"], **QUICK)
+    compact.save_pretrained(tmp_path)
+    whole = CompactT5ForConditionalGeneration.from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert torch.equal(logits(whole, inputs), logits(compact, inputs))
+    split = {"shared": "cpu", "encoder": "cpu", "decoder": "disk", "lm_head": "cpu"}
+    with pytest.raises(ValueError, match=r"load the model on one device, not \['cpu', 'disk'\]"):
+        CompactT5ForConditionalGeneration.from_pretrained(tmp_path, device_map=split, offload_folder=tmp_path / "offload")
