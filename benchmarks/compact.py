@@ -6,7 +6,7 @@
 The first file is the settings of a comparison (`modular-t5 compare`), for texts and lengths. Every row is made of the teacher, or of a size
 of the bank, and then trained for `--max_steps` as a distillation: on the teacher's beams, and by its predictions; sizes of the bank as they
 are have learned already. By the loss of the validation split are chosen the learning rate, with the first row that begins with the teacher
-and the first that begins with a size, and the best two of the ways to 6x, which are trained for `--longest_steps` besides. Rows
+and the first that begins with a size, and the best of the ways to 6x, which are trained for `--longest_steps` besides. Rows
 that are done are not done again, and a training that was stopped goes on: for another setting take another folder.
 """
 
@@ -254,6 +254,7 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=400)
     parser.add_argument("--longest_steps", type=int, default=6000)
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[0.001, 0.003, 0.006])
+    parser.add_argument("--longest_rows", type=int, default=2, help="how many of the ways to 6x are trained so long")
     parser.add_argument("--longest_rate", type=float, help="learning rate of the longest training; by default the one of all")
     parser.add_argument(
         "--groups",
@@ -273,13 +274,16 @@ def main() -> None:
     }
     results: dict[str, Any] = {"teacher": bench.once("teacher", bench.of_teacher)}
     if LARGEST in args.groups:
-        best = sorted((row for row in rows if row.group == LARGEST), key=lambda row: rows[row]["after"]["validation_loss"])[:2]
-        longest = {file_name(row, args.longest_steps): partial(bench.row, row, args.longest_steps, args.longest_rate) for row in best}
+        best = sorted((row for row in rows if row.group == LARGEST), key=lambda row: rows[row]["after"]["validation_loss"])
+        longest = {
+            file_name(row, args.longest_steps): partial(bench.row, row, args.longest_steps, args.longest_rate)
+            for row in best[: args.longest_rows]
+        }
         results["longest"] = [bench.once(name, do) for name, do in longest.items()]
     if len(rows) < len(ROWS):
         return
     told = {**environment(), "settings": {name: str(value) for name, value in vars(args).items()}, "metrics": signatures()["BLEU"]}
-    results = {**told, **results, "rows": list(rows.values())}
+    results = {**told, **results, "rows": [{**of_row, "group": row.group} for row, of_row in rows.items()]}
     write_json(args.output, results)
     plot(results, args.output.with_suffix(".png"))
     print(table(results))
@@ -312,7 +316,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     for (group, rows), colour in zip(groups.items(), (f"C{i}" for i in range(10)), strict=False):
         rows = sorted(rows, key=lambda row: row["total_ratio"])
         ratios = [row["total_ratio"] for row in rows]
-        for when, style in (("after", "o-"), ("before", "x:")):
+        for when, style in (("after", "o-"), ("before", "x:")) if group != LARGEST else (("after", "o"), ("before", "x")):
             kept = [100 * (row[when] or row["before"])["BLEU"] / whole for row in rows]
             axes.plot(ratios, kept, style, color=colour, label=group if when == "after" else None)
     ratios, kept = zip(*((row["total_ratio"], 100 * row["after"]["BLEU"] / whole) for row in results["longest"]), strict=True)
@@ -323,7 +327,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("total ratio: all parameters of the teacher / of the model")
     axes.set_ylabel("BLEU, % of the teacher (dotted: before training)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path)
 
 
