@@ -7,10 +7,10 @@ from .calibration import calibrate
 from .choosing_modular_t5 import STRATEGIES, BankShape, Latency, PlanReport
 from .configuration_compact_t5 import CompactT5Config
 from .configuration_modular_t5 import ModularT5Config
-from .embeddings import factorize_embeddings, trim_vocabulary
-from .feed_forwards import merge_feed_forwards
+from .embeddings import count_tokens, factorize_embeddings, trim_vocabulary
+from .feed_forwards import feed_forward_similarity, merge_feed_forwards, plot_similarity
 from .frontier import Frontier, measure_frontier
-from .heads import prune_heads
+from .heads import head_importance, plot_heads, prune_heads
 from .latency import measure_latency
 from .layers import drop_layers, share_layers
 from .model_card import assembled_card, bank_card
@@ -52,11 +52,16 @@ __all__ = [
     "bank_card",
     "calibrate",
     "compress_offline",
+    "count_tokens",
     "drop_layers",
     "factorize_embeddings",
+    "feed_forward_similarity",
+    "head_importance",
     "measure_frontier",
     "measure_latency",
     "merge_feed_forwards",
+    "plot_heads",
+    "plot_similarity",
     "prune_heads",
     "restore_matrices",
     "share_layers",

@@ -62,6 +62,13 @@ class CompactT5Config(CheckedT5Config):
     encoder_layerdrop: float = 0.0
     decoder_layerdrop: float = 0.0
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `PreTrainedConfig.from_dict`; a `ValueError` for what a bank says."""
+        if config_dict.get("model_type") == "modular_t5":
+            raise ValueError("this is a bank, not a compact T5: load it as ModularT5ForConditionalGeneration, and assemble a size of it")
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         layers = {"encoder": self.num_layers, "decoder": self.num_decoder_layers}

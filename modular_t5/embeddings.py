@@ -65,6 +65,8 @@ def factorize_embeddings(
     if not is_integer(rank) or not 1 <= rank <= d_model:
         raise ValueError(f"rank must be an integer from 1 to d_model ({d_model}), got {rank!r}")
     if isinstance(token_counts, Mapping):
+        if unknown := [token for token in token_counts if not is_integer(token) or not 0 <= token < vocab_size]:
+            raise ValueError(f"token_counts are by token, from 0 to {vocab_size - 1}; {unknown[0]!r} is none")
         token_counts = [token_counts.get(token, 0) for token in range(vocab_size)]
     counts = torch.zeros(vocab_size) if token_counts is None else torch.as_tensor(token_counts)
     if counts.shape != (vocab_size,) or not bool(((counts >= 0) & counts.isfinite()).all()):
@@ -88,14 +90,14 @@ def trim_vocabulary(
 ) -> tuple[T5ForConditionalGeneration, PreTrainedTokenizerBase, CompactReport]:
     """Leave out every token that texts do not use: a model of the same class, stock if it was, and its tokenizer.
 
-    These texts are split as before, and the model does with them what it did: a Unigram tokenizer takes the likeliest pieces, which are
-    still there, like the least likely of all, by which it weighs what it does not know. Their tokens have other numbers, so a dataset is
-    tokenized again.
+    These texts are split as before: a Unigram tokenizer takes the likeliest pieces, which are still there, like the least likely of all, by
+    which it weighs what it does not know. To each of their tokens the model gives the score that it gave. Where it would have said a token
+    that is gone, it says another: what it answers belongs among the texts. Their tokens have other numbers: a dataset is tokenized anew.
 
     Args:
         model: a T5; left alone, like the tokenizer.
         tokenizer: of the Unigram kind, as T5's and mT5's are.
-        texts: sources and targets, all that is to be read and said.
+        texts: sources, with their prefix if the model takes one, targets and the model's own answers: all that is to be read and said.
         keep: tokens that stay in any case, beside padding, end of text and unknown.
 
     Returns:
@@ -129,7 +131,7 @@ def trim_vocabulary(
     if not tied:
         sources[HEAD] = model.lm_head.weight[rows]
     trimmed = built(type(model), config, sources, generation_config)
-    return trimmed, _trimmed_tokenizer(tokenizer, described, renumbered), CompactReport.of(model, trimmed, 0.0, token_ids=kept)
+    return trimmed, _trimmed_tokenizer(tokenizer, described, renumbered), CompactReport.of(model, trimmed, token_ids=kept)
 
 
 def _kept_ids(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, texts: list[str], keep: Iterable[str]) -> set[int]:

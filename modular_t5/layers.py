@@ -35,6 +35,8 @@ def drop_layers(
         ValueError: there is no such layer, or none would be left.
     """
     structure = structure_of(model)
+    if not isinstance(encoder, Iterable) or not isinstance(decoder, Iterable):
+        raise ValueError(f"encoder and decoder name the layers that go, such as [1, 3]; got {encoder!r} and {decoder!r}")
     kept = {side: _kept(model, side, list(dropped)) for side, dropped in zip(SIDES, (encoder, decoder), strict=True)}
     config = run_like(model, copy.deepcopy(model.config))
     config.num_layers, config.num_decoder_layers = (len(kept[side]) for side in SIDES)

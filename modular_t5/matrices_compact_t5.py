@@ -23,11 +23,12 @@ class RowDecoder(nn.Module):
 
     def __init__(self, rank: int, hidden: int, width: int):
         super().__init__()
-        self.linear = nn.Parameter(torch.empty(rank, width))
         self.hidden = hidden
-        if hidden:
-            self.inner = nn.Linear(rank, hidden)
-            self.outer = nn.Parameter(torch.empty(hidden, width))
+        self.linear = nn.Parameter(torch.empty(rank, width))
+        # No linear maps of torch's, which others would adapt or quantize as such.
+        self.inner = nn.Parameter(torch.empty(hidden, rank)) if hidden else None
+        self.bias = nn.Parameter(torch.empty(hidden)) if hidden else None
+        self.outer = nn.Parameter(torch.empty(hidden, width)) if hidden else None
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """On copies: where memory is aligned in another way, as a mapped file's may be, a product can differ in its last bit."""
@@ -40,12 +41,15 @@ class RowDecoder(nn.Module):
 
     def tensors(self) -> list[torch.Tensor]:
         """Its parameters; `parameters()` would take longer to find them than a matrix of a small T5 takes to multiply."""
-        return [self.linear, self.inner.weight, self.inner.bias, self.outer] if self.hidden else [self.linear]
+        return [self.linear, self.inner, self.bias, self.outer] if self.hidden else [self.linear]
 
     def init_weights(self) -> None:
         """For latents of deviation 1, rows of length 1, about."""
-        for matrix in (self.linear, self.outer) if self.hidden else (self.linear,):
-            init.normal_(matrix, std=matrix.numel() ** -0.5)
+        init.normal_(self.linear, std=self.linear.numel() ** -0.5)
+        if self.hidden:
+            init.normal_(self.inner, std=self.inner.shape[1] ** -0.5)
+            init.zeros_(self.bias)
+            init.normal_(self.outer, std=self.outer.numel() ** -0.5)
 
 
 class RestoredMatrix(nn.Module):

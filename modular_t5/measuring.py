@@ -87,10 +87,14 @@ _COLUMNS = ("input_ids", "attention_mask", "labels")
 def labelled_batches(
     model: PreTrainedModel, dataset: Sequence[Mapping[str, Any]], processing_class: PreTrainedTokenizerBase, batch_size: int
 ) -> list[dict[str, torch.Tensor]]:
-    """Padded, of examples of like length, on the CPU; a `ValueError` if there are none, or one has no labels."""
+    """Padded, of examples of like length, on the CPU; a `ValueError` if there are none, or one has no labels or other tokens."""
     rows = [{name: row[name] for name in _COLUMNS if name in row} for row in dataset]
-    if not rows or not all(any(label != -100 for label in row.get("labels", ())) for row in rows):
-        raise ValueError("examples are needed, each with labels; " + ("one has none" if rows else "there are none"))
+    if not rows or not all("input_ids" in row and any(label != -100 for label in row.get("labels") or ()) for row in rows):
+        told = "one has no input_ids or no labels" if rows else "there are none"
+        raise ValueError(f"tokenized examples are needed, each with labels; {told}")
+    largest = max(max((*row["input_ids"], *row["labels"]), default=0) for row in rows)
+    if largest >= model.config.vocab_size:
+        raise ValueError(f"an example has token {largest}, the model {model.config.vocab_size} tokens: tokenize with the model's tokenizer")
     rows.sort(key=lambda row: len(row["labels"]))
     collator = DataCollatorForSeq2Seq(processing_class, model=model)
     return [{**batch} for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator)]

@@ -34,7 +34,7 @@ from .modeling_compact_t5 import CompactT5ForConditionalGeneration, structure_of
 KINDS = {
     "embeddings": ("shared", "lm_head"),
     "attention": ("Attention.q", "Attention.k", "Attention.v", "Attention.o"),
-    "feed-forwards": ("DenseReluDense.wi", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),
+    "feed_forwards": ("DenseReluDense.wi", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),
 }
 METHODS = ("autoencoder", "svd")
 
@@ -105,8 +105,8 @@ def autoencoded(
     scale_R = start_NR.square().mean(0).sqrt().clamp(min=1e-6)
     decoder = RowDecoder(rank, hidden, width).to(rows_ND)
     decoder.linear.data = linear_RD * scale_R[:, None]
-    decoder.inner.weight.data = 100 * random(hidden, rank).data * rank**-0.5
-    decoder.inner.bias.data.zero_()
+    decoder.inner.data = 100 * random(hidden, rank).data * rank**-0.5
+    decoder.bias.data.zero_()
     decoder.outer.data = random(hidden, width).data
     encode_DR = nn.Parameter(torch.linalg.pinv(decoder.linear.data))
     encoder = [nn.Parameter(10 * random(width, 2 * width).data), random(2 * width, rank)]
@@ -221,7 +221,7 @@ def restore_matrices(model: CompactT5ForConditionalGeneration) -> T5ForCondition
         ValueError: no matrix of it is decoded.
     """
     if not getattr(getattr(model, "config", None), "decoded", None):
-        raise ValueError("there are no decoded matrices in this model to restore")
+        raise ValueError(f"there are no decoded matrices in {type(model).__name__} to restore: it takes what compress_offline made")
     fields = {**t5_fields(model.config), "decoded": None}
     config = CompactT5Config(**fields)
     plain = all(getattr(config, name) == getattr(CompactT5Config, name) for name in CompactT5Config.own_fields())

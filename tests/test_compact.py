@@ -55,7 +55,7 @@ def share(model, tokenizer):
 
 
 def offline(model, tokenizer):
-    matrices = ["attention", "feed-forwards", *([] if getattr(model.config, "embedding_rank", None) else ["embeddings"])]
+    matrices = ["attention", "feed_forwards", *([] if getattr(model.config, "embedding_rank", None) else ["embeddings"])]
     return compress_offline(model, 1.5, matrices=matrices, steps=20, description=None)
 
 
@@ -245,6 +245,20 @@ def test_what_ties_nothing_is_nothing():
 def test_a_bank_is_assembled_first(method, tokenizer):
     with pytest.raises(ValueError, match=r"model type 'modular_t5'\) compact: assemble a size of the bank first"):
         METHODS[method](make_bank(), tokenizer)
+
+
+def test_a_bank_is_not_loaded_as_a_compact_t5(tmp_path):
+    make_bank().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="this is a bank, not a compact T5: load it as ModularT5ForConditionalGeneration"):
+        CompactT5ForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("method", [merge, prune])
+@pytest.mark.parametrize("row", [{"input_ids": [5, 61], "labels": [7, 1]}, {"input_ids": [5, 1], "labels": [99, 1]}], ids=str)
+def test_examples_of_another_tokenizer(method, row, tokenizer, monkeypatch):
+    monkeypatch.setitem(globals(), "examples", lambda: [row])
+    with pytest.raises(ValueError, match=r"an example has token (61|99), the model 61 tokens: tokenize with the model's tokenizer"):
+        method(make_teacher(), tokenizer)
 
 
 def test_factorized_embeddings_are_not_resized(tokenizer):

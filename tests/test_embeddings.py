@@ -78,6 +78,8 @@ def test_a_number_of_numpys_is_saved(tmp_path):
         ({"rank": 2.5}, "got 2.5"),
         ({"rank": 4, "token_counts": [1, 2]}, "token_counts must be 61 finite numbers of at least 0"),
         ({"rank": 4, "token_counts": [-1] * 61}, "at least 0"),
+        ({"rank": 4, "token_counts": {"tree": 3}}, "by token, from 0 to 60; 'tree' is none"),
+        ({"rank": 4, "token_counts": {61: 3}}, "61 is none"),
         ({"rank": 4, "token_counts": [np.inf] * 61}, "finite numbers"),
     ],
 )

@@ -73,6 +73,7 @@ def test_layers_of_a_compact_model(tokenizer, inputs):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"encoder": 1}, r"name the layers that go, such as \[1, 3\]; got 1 and \(\)"),
         ({"encoder": [6]}, r"the layers of the encoder are 0 to 5, got \[6\]"),
         ({"decoder": [-1]}, r"the layers of the decoder are 0 to 5, got \[-1\]"),
         ({"decoder": range(6)}, "a T5 needs a layer in its decoder; all 6 were to be left out"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import logits, make_bank, make_teacher, same
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_calibration import examples
 from transformers import AutoTokenizer, T5ForConditionalGeneration
@@ -60,7 +61,7 @@ def test_a_decomposition_is_numpys(weighted):
 def test_the_model_is_that_of_matrices_that_numpy_cut(name, keep_factors, together, inputs):
     """Rows of `q`, columns of `o` and `wo`: cut by numpy, put into a stock T5, and run there."""
     model = make_teacher(name)
-    settings = {"matrices": ["attention", "feed-forwards"], "method": "svd", "together": together, "keep_factors": keep_factors}
+    settings = {"matrices": ["attention", "feed_forwards"], "method": "svd", "together": together, "keep_factors": keep_factors}
     compact, report = compress_offline(model, 1.4, **settings)
     cut, state = copy.deepcopy(model), model.state_dict()
     for group in report.chosen["decoded"]:
@@ -281,7 +282,7 @@ def test_the_largest_ratio_that_it_says_is_reached(method, rows, width):
 def test_in_ctranslate2(keep_factors, tokenizer, tmp_path):
     import ctranslate2
 
-    settings = {"matrices": ["attention", "feed-forwards"], "method": "svd", "keep_factors": keep_factors}
+    settings = {"matrices": ["attention", "feed_forwards"], "method": "svd", "keep_factors": keep_factors}
     compact, _ = compress_offline(make_teacher(vocab_size=len(tokenizer)), 1.3, **settings)
     translator = ctranslate2.Translator(str(to_ctranslate2(compact, tokenizer, tmp_path / "out")), intra_threads=1)
     ids = tokenizer("one tree and a book").input_ids
@@ -318,7 +319,7 @@ def test_a_head_of_its_own_is_not_lost():
 
 
 def test_kept_factors_are_never_multiplied(monkeypatch, inputs):
-    compact, _ = compress_offline(make_teacher("v1.1"), 2, matrices=["attention", "feed-forwards"], method="svd", keep_factors=True)
+    compact, _ = compress_offline(make_teacher("v1.1"), 2, matrices=["attention", "feed_forwards"], method="svd", keep_factors=True)
     monkeypatch.setattr(RestoredMatrix, "restored", None)
     assert sum(isinstance(module, FactoredLinear) for module in compact.modules()) == 6 * 4 + 6 * 8 + 12 * 3
     assert logits(compact, inputs).isfinite().all()
@@ -334,7 +335,7 @@ def test_restored_it_is_free_for_other_methods(inputs):
     assert torch.equal(logits(restored, inputs), logits(compact, inputs))
     assert drop_layers(restored, decoder=[0])[0].config.num_decoder_layers == 5
     assert restored.num_parameters() == factorized.num_parameters()
-    with pytest.raises(ValueError, match="no decoded matrices in this model"):
+    with pytest.raises(ValueError, match="no decoded matrices in CompactT5ForConditionalGeneration to restore"):
         restore_matrices(restored)
     whole, _ = compress_offline(model, 1.5, **QUICK)
     assert type(restore_matrices(whole)) is T5ForConditionalGeneration
@@ -366,8 +367,8 @@ def test_embeddings_stay_tied_or_not(name, inputs, tmp_path):
         ({"ratio": float("nan")}, "above 1, got nan"),
         ({"ratio": 500}, r"can be compressed up to \d+(\.\d+)?x, got 500"),
         ({"matrices": "attention"}, "in a list; got 'attention'"),
-        ({"matrices": []}, "matrices are some of embeddings, attention, feed-forwards"),
-        ({"matrices": ["heads"]}, "some of embeddings, attention, feed-forwards"),
+        ({"matrices": []}, "matrices are some of embeddings, attention, feed_forwards"),
+        ({"matrices": ["heads"]}, "some of embeddings, attention, feed_forwards"),
         ({"method": "pca"}, "unknown method 'pca'; choose one of autoencoder, svd"),
         ({"keep_factors": True}, "keep_factors goes with method='svd'"),
         ({"keep_factors": True, "method": "svd"}, "whose factors factorize_embeddings keeps"),
@@ -410,3 +411,13 @@ def test_what_is_shared_is_on_one_device(inputs, tmp_path):
     split = {"shared": "cpu", "encoder": "cpu", "decoder": "disk", "lm_head": "cpu"}
     with pytest.raises(ValueError, match=r"load the model on one device, not \['cpu', 'disk'\]"):
         CompactT5ForConditionalGeneration.from_pretrained(tmp_path, device_map=split, offload_folder=tmp_path / "offload")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
+@pytest.mark.parametrize("targets", [["q", "v"], "all-linear"], ids=str)
+def test_adapters_find_nothing_that_is_decoded(targets):
+    compact, _ = compress_offline(make_teacher(), 1.5, **QUICK)
+    with pytest.raises(ValueError, match=r"is not supported|No `target_modules` passed"):
+        get_peft_model(compact, LoraConfig(target_modules=targets))
+    restored = get_peft_model(restore_matrices(compact), LoraConfig(target_modules=["q", "v"]))
+    assert restored.get_nb_trainable_parameters()[0]

@@ -41,7 +41,14 @@ def test_the_ten_lines_run(hub, tmp_path, monkeypatch, pico_tokenizer):
     monkeypatch.chdir(tmp_path)
     texts = ["one tree", "two trees and a book", "three"]
     train_dataset = Dataset.from_dict({"input_ids": tokenizer(texts).input_ids, "labels": tokenizer(texts[::-1]).input_ids})
-    names = {"train_dataset": train_dataset, "validation_dataset": train_dataset, "teacher": teacher, "sources": texts, "targets": texts}
+    names = {
+        "train_dataset": train_dataset,
+        "validation_dataset": train_dataset,
+        "teacher": teacher,
+        "sources": texts,
+        "targets": texts,
+        "answers": texts,
+    }
     names["scores"] = lambda texts, references: {"BLEU": float(1 + sum(map(len, texts)))}  # random weights score nothing
     quick = "max_steps=2, report_to='none', disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False"
     short = "compute_scores=scores, max_new_tokens=4"
