@@ -12,7 +12,7 @@ import copy
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,45 +94,42 @@ def autoencoded(
     rows_ND = rows_ND.detach().clone().float()
     norms_N1 = rows_ND.norm(dim=1, keepdim=True)
     units_ND = rows_ND / norms_N1.clamp(min=torch.finfo(torch.float32).tiny)
-    weights_N1 = weights_N.to(rows_ND)[:, None] / weights_N.mean()
+    weights_N1 = (weights_N / weights_N.mean()).to(rows_ND)[:, None]
     squares_N1 = weights_N1 * norms_N1.square()
     squares_N1 = squares_N1 / squares_N1.mean().clamp(min=torch.finfo(torch.float32).tiny)
 
-    def random(*shape: int) -> nn.Parameter:
-        return nn.Parameter((0.01 * torch.randn(*shape, generator=generator)).to(rows_ND))
+    def random(std: float, *shape: int) -> nn.Parameter:
+        return nn.Parameter((std * torch.randn(*shape, generator=generator)).to(rows_ND))
 
     start_NR, linear_RD = weighted_factors(units_ND, rank, torch.ones(len(rows_ND)))
-    scale_R = start_NR.square().mean(0).sqrt().clamp(min=1e-6)
+    scale_R = start_NR.square().mean(0).sqrt().clamp(min=1e-6)  # for latents of deviation 1
     decoder = RowDecoder(rank, hidden, width).to(rows_ND)
-    decoder.linear.data = linear_RD * scale_R[:, None]
-    decoder.inner.data = 100 * random(hidden, rank).data * rank**-0.5
-    decoder.bias.data.zero_()
-    decoder.outer.data = random(hidden, width).data
-    encode_DR = nn.Parameter(torch.linalg.pinv(decoder.linear.data))
-    encoder = [nn.Parameter(10 * random(width, 2 * width).data), random(2 * width, rank)]
-
-    def loss(latents_NR: torch.Tensor) -> torch.Tensor:
-        decoded_ND = decoder(latents_NR)
-        squared = (squares_N1 * (decoded_ND - units_ND).square().sum(1, keepdim=True)).mean()
-        return squared + _COSINE_WEIGHT * (weights_N1[:, 0] * (1 - nn.functional.cosine_similarity(decoded_ND, units_ND))).mean()
+    decoder.linear = nn.Parameter(linear_RD * scale_R[:, None])
+    decoder.inner, decoder.outer = random(rank**-0.5, hidden, rank), random(0.01, hidden, width)
+    nn.init.zeros_(decoder.bias)
+    encoder = [nn.Parameter(torch.linalg.pinv(decoder.linear.detach())), random(0.1, width, 2 * width), random(0.01, 2 * width, rank)]
 
     def encoded() -> torch.Tensor:
-        return units_ND @ encode_DR + nn.functional.gelu(units_ND @ encoder[0]) @ encoder[1]
+        linear_DR, inner_DH, outer_HR = encoder
+        return units_ND @ linear_DR + nn.functional.gelu(units_ND @ inner_DH) @ outer_HR
 
-    latents_NR, bar = None, tqdm(total=steps, desc=description, disable=description is None, leave=False)
-    for phase, count in (("encoder", steps // 3), ("latents", steps - steps // 3)):
-        if phase == "latents":
-            latents_NR = nn.Parameter(encoded().detach())
-        learning = [*decoder.parameters(), *([encode_DR, *encoder] if latents_NR is None else [latents_NR])]
-        optimizer = torch.optim.Adam(learning, lr=_LEARNING_RATE)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step, n=count: min(1.0, 10 * (step + 1) / n) * (1 - step / n))
+    def fit(learning: list[nn.Parameter], latents: Callable[[], torch.Tensor], count: int) -> None:
+        optimizer = torch.optim.Adam([*decoder.parameters(), *learning], lr=_LEARNING_RATE)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 10 * (step + 1) / count) * (1 - step / count))
         for _ in range(count):
+            decoded_ND = decoder(latents())
+            squared_N1 = squares_N1 * (decoded_ND - units_ND).square().sum(1, keepdim=True)
+            cosine_N1 = weights_N1 * (1 - nn.functional.cosine_similarity(decoded_ND, units_ND))[:, None]
             optimizer.zero_grad()
-            loss(encoded() if latents_NR is None else latents_NR).backward()
+            (squared_N1 + _COSINE_WEIGHT * cosine_N1).mean().backward()
             optimizer.step()
             schedule.step()
             bar.update()
-    bar.close()
+
+    with tqdm(total=steps, desc=description, disable=description is None, leave=False) as bar:
+        fit(encoder, encoded, steps // 3)
+        latents_NR = nn.Parameter(encoded().detach())
+        fit([latents_NR], lambda: latents_NR, steps - steps // 3)
     return Encoded(latents_NR.detach(), norms_N1, decoder.requires_grad_(False))
 
 
@@ -195,7 +192,7 @@ def compress_offline(
     for group, (rank, hidden) in zip(groups, shapes, strict=True):
         rows = [_rows(model.get_submodule(path).weight, path).detach().float() for path in group]
         weights_N = torch.cat([weights[path] if weights else torch.ones(len(of_one)) for path, of_one in zip(group, rows, strict=True)])
-        weights_N = (weights_N / weights_N.mean()).clamp(min=0.01)  # no row is given up
+        weights_N = (weights_N / weights_N.mean().clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=0.01)  # no row is given up
         if method == "svd":
             encoded = truncated_svd(torch.cat(rows), rank, weights_N)
         else:
