@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from modular_t5 import ModularT5ForConditionalGeneration, Pairs
+from modular_t5 import ModularT5ForConditionalGeneration, Pairs, compress_offline
 from modular_t5.exports import to_ctranslate2, to_onnx
 from modular_t5.measuring import generate_texts
 from modular_t5.pairs import scores_of
@@ -104,3 +104,23 @@ def test_onnx_gives_the_same_ids(plan, bank, tokenizer, pairs, tmp_path):
     end = tokenizer.eos_token_id
     made = [row[: row.index(end)] if end in row else row for row in ids[:, 1:].tolist()]
     assert made == greedy(model, tokenizer, pairs.sources)
+
+
+# -- inside the layers --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("matrices", "together"), [("embeddings", True), ("attention", True), ("attention", False)])
+def test_an_autoencoder_is_nearer_to_real_matrices_than_a_decomposition(bank, matrices, together):
+    teacher, settings = bank.assemble(bank.shape.teacher), {"matrices": [matrices], "together": together, "description": None}
+    near, of_near = compress_offline(teacher, 2, steps=150, **settings)
+    cut, of_cut = compress_offline(teacher, 2, method="svd", **settings)
+    assert of_near.error < 0.98 * of_cut.error
+    for compact in (near, cut):  # neither has more numbers than it may
+        kept = compact.num_parameters() - (teacher.num_parameters() - sizes_of(teacher, matrices))
+        assert kept <= sizes_of(teacher, matrices) / 2
+
+
+def sizes_of(teacher, matrices):
+    end = "shared" if matrices == "embeddings" else ("Attention.q", "Attention.k", "Attention.v", "Attention.o")
+    return sum(module.weight.numel() for name, module in teacher.named_modules() if name.endswith(end))
