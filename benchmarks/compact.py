@@ -192,7 +192,7 @@ class Bench:
         return model, json.loads(json.dumps(told, default=lambda tensor: tensor.tolist()))
 
     def of_teacher(self) -> dict[str, Any]:
-        return {"parameters": self.teacher.num_parameters(), **self.measured(self.teacher)}
+        return {"parameters": self.teacher.num_parameters(), **self.measured(self.teacher), "metrics": signatures()["BLEU"]}
 
     def measured(self, model: T5ForConditionalGeneration) -> dict[str, float]:
         """Loss of validation, in nats a token, and BLEU of the test split, greedily."""
@@ -282,7 +282,7 @@ def main() -> None:
         results["longest"] = [bench.once(name, do) for name, do in longest.items()]
     if len(rows) < len(ROWS):
         return
-    told = {**environment(), "settings": {name: str(value) for name, value in vars(args).items()}, "metrics": signatures()["BLEU"]}
+    told = {**environment(), "settings": {name: str(value) for name, value in vars(args).items()}}
     results = {**told, **results, "rows": [{**of_row, "group": row.group} for row, of_row in rows.items()]}
     write_json(args.output, results)
     plot(results, args.output.with_suffix(".png"))
