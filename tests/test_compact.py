@@ -83,9 +83,13 @@ def compacted(model, chain, tokenizer):
 
 
 def matrix():
-    """Every chain in every family; by default every method by itself in one, and the longest in all."""
+    """Every chain in every family; by default every method by itself in one, and the longest in three."""
     for name, chain in product(FAMILIES, CHAINS):
-        marks = [] if (name == "v1.1" and len(chain) == 1) or chain == LONGEST else [pytest.mark.slow]
+        marks = (
+            []
+            if (name == "v1.1" and len(chain) == 1) or (name in ("v1.0", "v1.1", "assembled") and chain == LONGEST)
+            else [pytest.mark.slow]
+        )
         yield pytest.param(name, chain, id=f"{name}-{'+'.join(chain)}", marks=marks)
 
 
